@@ -1,0 +1,38 @@
+// Which instructions the kernels use: the best this CPU has, or less where a test asks for less.
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define HALFBIT_X86 1
+#endif
+
+namespace halfbit {
+
+// Ordered: a CPU that has one has all before it.
+enum class Isa { portable, avx2, avx512 };
+
+inline constexpr const char *isa_names[] = {"portable", "avx2", "avx512"};
+
+inline Isa best_isa() {
+#ifdef HALFBIT_X86
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f")) return Isa::avx512;
+    if (avx2) return Isa::avx2;
+#endif
+    return Isa::portable;
+}
+
+inline std::atomic<Isa> active_isa{best_isa()};
+
+// The most the kernels may use from now on; "best" asks for all the CPU has.
+inline void set_isa(const std::string &name) {
+    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+        if (name == isa_names[i]) return active_isa.store(static_cast<Isa>(i));
+    if (name != "best") throw std::invalid_argument("this CPU does not have \"" + name + "\"");
+    active_isa.store(best_isa());
+}
+
+}  // namespace halfbit
