@@ -1,0 +1,32 @@
+"""A frozen dataclass <-> the dict that config.json and manifests hold: {"name": "qmoe", "p0": 0.885}."""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from halfbit.errors import FormatError, RecipeError
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The name and all fields, defaults included: a later change of a default must not change an old file."""
+    return {"name": value.name, **asdict(value)}
+
+
+def name_of(config: dict[str, Any], kind: str) -> str:
+    """The name in `config`, before anything is looked up under it."""
+    name = config.get("name") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise FormatError(f"{kind}: expected an object with a name, got {config!r}")
+    return name
+
+
+def from_dict(kind: type, config: dict[str, Any]) -> Any:
+    """An instance of the dataclass `kind`. Raises FormatError on unknown fields and impossible values."""
+    given = {key: value for key, value in config.items() if key != "name"}
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise FormatError(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+    try:
+        return kind(**given)
+    except (RecipeError, TypeError) as error:
+        raise FormatError(f"{kind.__name__}: {error}") from error

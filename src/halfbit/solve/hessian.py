@@ -1,0 +1,175 @@
+"""H = X^T X of what a linear layer saw: accumulate, shrink towards the pooled one, damp, factor. Batched over experts.
+
+The solver needs U, the upper Cholesky factor of H^-1 (H^-1 = U^T U). With J the reversal of rows and columns and
+J H J = L L^T, R = J L J is upper triangular, H = R R^T and U = R^-1: one factorisation and one triangular inverse,
+where the usual way (factor, invert, factor the inverse) takes three O(n^3) steps.
+
+An expert that saw too little gives a singular H. Failures are found per expert through the `info` of cholesky_ex and
+every repair is handed back as a `Repair`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+from warnings import warn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from halfbit.errors import NonFinite, NotPositiveDefinite
+
+Fallback = Literal["identity", "raise"]
+
+# the reference's floor, so that an expert without any input still gets a positive diagonal
+SMALLEST_DAMPING = 1e-6
+# from here on the damped matrix is the identity for all purposes
+LARGEST_DAMPING = 100.0
+# 1 GiB of float64 per factorisation
+WORKSPACE_ELEMENTS = 1 << 27
+
+
+class Hessian:
+    """Accumulates X^T X and counts tokens, for a number of experts of one width.
+
+    Products and sums are float32. Rounding grows with the square root of the number of additions: 10,000 batches leave
+    a relative error of 1e-5, four orders below the smallest damping in use (0.01), and float64 would double the largest
+    buffer of a run (2.4 GB for 16 experts of width 6144). TF32 is not used unless the caller has switched it on.
+
+    Attributes:
+        sum: float32 `[experts, in, in]`.
+        tokens: int64 `[experts]`, on the CPU.
+    """
+
+    def __init__(self, experts: int, width: int, device: torch.device | str = "cpu"):
+        self.sum = torch.zeros(experts, width, width, device=device)
+        self.tokens = torch.zeros(experts, dtype=torch.int64)
+
+    def add(self, x: Float[Tensor, "tokens in"], expert: int = 0) -> None:
+        """What one expert saw."""
+        x = x.to(self.sum.device, torch.float32)
+        self.sum[expert].addmm_(x.T, x)
+        self.tokens[expert] += x.shape[0]
+
+    def add_sorted(self, x: Float[Tensor, "tokens in"], starts: Int[Tensor, " bounds"]) -> None:
+        """Tokens sorted by expert: `starts[e]` to `starts[e + 1]` belong to expert e."""
+        for expert, (start, stop) in enumerate(pairwise(starts.tolist())):
+            if stop > start:
+                self.add(x[start:stop], expert)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What had to be done to factor one Hessian.
+
+    Attributes:
+        name: of the expert.
+        action: "damped" (more than asked for), or "identity" (rounded to nearest instead).
+        damping: the damping that worked, or the last one tried.
+    """
+
+    name: str
+    action: Literal["damped", "identity"]
+    damping: float
+
+    def __str__(self) -> str:
+        if self.action == "damped":
+            return f"{self.name}: Hessian not positive definite; damping raised to {self.damping:g}"
+        return f"{self.name}: no usable Hessian, also with damping {self.damping:g}; its weights are rounded to nearest"
+
+
+OnRepair = Callable[[Repair], None]
+
+
+def warn_of(repair: Repair) -> None:
+    """What solvers do with a repair unless told otherwise."""
+    warn(str(repair), stacklevel=3)
+
+
+def shrink(
+    h: Float[Tensor, "experts in in"],
+    tokens: Int[Tensor, " experts"],
+    pooled: Float[Tensor, "in in"],
+    pooled_tokens: int,
+    k: float,
+) -> Float[Tensor, "experts in in"]:
+    """Per-token mean Hessians, moved towards the pooled one where an expert saw few tokens.
+
+    The expert's own mean has the weight n / (n + k), so k is the number of tokens that the pooled one counts for, and
+    an expert with no token gets the pooled one whole.
+    """
+    n = tokens.to(h.device, h.dtype)
+    # n = 0 and k = 0 would be 0 / 0: no token of its own, so no weight of its own
+    own = torch.where(n > 0, n / (n + k).clamp(min=1e-30), 0)[:, None, None]
+    mean = h / n.clamp(min=1)[:, None, None]
+    return torch.lerp((pooled / max(pooled_tokens, 1)).expand_as(mean), mean, own)
+
+
+def damp(h: Float[Tensor, "experts in in"], damping: float) -> Float[Tensor, "experts in in"]:
+    """A copy with `damping` times the mean of the diagonal added to the diagonal, at least 1e-6."""
+    h = h.clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    diagonal += (damping * diagonal.mean(-1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
+    return h
+
+
+def factor(
+    h: Float[Tensor, "experts in in"],
+    damping: float,
+    names: Sequence[str],
+    fallback: Fallback = "identity",
+) -> tuple[Float[Tensor, "experts in in"], list[Repair]]:
+    """U with U^T U the inverse of the damped H, and what had to be repaired, expert by expert.
+
+    Computed in float64, returned in the dtype of `h`. In float32 the error of U, for 40 tokens of width 200, is 1e-6 of
+    its norm at damping 0.1 but 1e-3 at 1e-4; float64 takes 1.4 to 2.4 times as long (768 to 1536 columns, CPU).
+
+    A Hessian that is not positive definite is tried again with ten times the damping, up to 100 times the mean of the
+    diagonal. If that fails too, or if the Hessian is zero because the expert saw nothing, `fallback` decides:
+    "identity" (rounding to nearest) or "raise" NotPositiveDefinite.
+    """
+    finite = torch.isfinite(h).flatten(1).all(1).tolist()
+    if not all(finite):
+        name = names[finite.index(False)]
+        raise NonFinite(f"{name}: its Hessian has NaN or infinity, so an activation was not finite", tensor=name)
+    n = h.shape[-1]
+    factors = torch.empty_like(h)
+    repairs: list[Repair] = []
+    at_once = max(1, WORKSPACE_ELEMENTS // max(n * n, 1))
+    for start in range(0, h.shape[0], at_once):
+        part = h[start : start + at_once].double()
+        part_factors, info = _factor_once(damp(part, damping))
+        factors[start : start + at_once] = part_factors
+        unseen = part.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+        for i in torch.nonzero((info != 0) | unseen).flatten().tolist():
+            repaired, repair = _repair(part[i], damping, names[start + i], fallback, unseen=bool(unseen[i]))
+            factors[start + i] = repaired
+            repairs.append(repair)
+    return factors, repairs
+
+
+def _factor_once(
+    damped: Float[Tensor, "experts in in"],
+) -> tuple[Float[Tensor, "experts in in"], Int[Tensor, " experts"]]:
+    """U, and 0 per expert where it worked."""
+    lower, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
+    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+    return torch.linalg.solve_triangular(lower.flip(-1, -2), identity, upper=True), info
+
+
+def _repair(
+    h: Float[Tensor, "in in"], damping: float, name: str, fallback: Fallback, *, unseen: bool
+) -> tuple[Float[Tensor, "in in"], Repair]:
+    while not unseen and damping < LARGEST_DAMPING:
+        damping = min(max(damping, 1e-4) * 10, LARGEST_DAMPING)
+        factors, info = _factor_once(damp(h[None], damping))
+        if int(info[0]) == 0:
+            return factors[0], Repair(name, "damped", damping)
+    repair = Repair(name, "identity", damping)
+    if fallback == "raise":
+        why = "saw no token" if unseen else f"is not positive definite, also with damping {damping:g}"
+        raise NotPositiveDefinite(
+            f"{name}: its Hessian {why}; give it more calibration text, or let it be rounded to nearest", name=name
+        )
+    return torch.eye(h.shape[0], dtype=h.dtype, device=h.device), repair

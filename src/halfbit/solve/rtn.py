@@ -1,0 +1,46 @@
+"""Round to nearest, batched over experts: each weight on its own, no error feedback. The baseline."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from halfbit.solve.loss import check_finite, relative_loss
+from halfbit.types import Grid, Params, Solution
+
+
+def rtn(
+    w: Float[Tensor, "experts out in"],
+    hessian: Float[Tensor, "experts in in"] | None,
+    grid: Grid,
+    *,
+    names: Sequence[str],
+) -> list[Solution]:
+    """One Solution per expert. `hessian` only measures the loss; None measures it under the identity."""
+    check_finite(w, names)
+    # float32 at least: a grid's thresholds must not be rounded to the dtype of the weights
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    codes: list[Tensor] = []
+    params: list[Params] = []
+    for columns in w.split(grid.group or max(w.shape[2], 1), dim=2):
+        params.append(grid.fit(columns))
+        codes.append(grid.nearest(columns, params[-1]))
+    return solutions(w, torch.cat(codes, dim=2), params, hessian, grid)
+
+
+def solutions(
+    w: Float[Tensor, "experts out in"],
+    codes: Tensor,
+    params: list[Params],
+    hessian: Float[Tensor, "experts in in"] | None,
+    grid: Grid,
+) -> list[Solution]:
+    """The batch taken apart: one Solution per expert, each with its loss."""
+    stacked = {key: torch.stack([p[key] for p in params], dim=2) for key in params[0]}
+    found = []
+    for e in range(w.shape[0]):
+        unmeasured = Solution(grid, codes[e], {key: value[e] for key, value in stacked.items()})
+        loss = relative_loss(w[e], unmeasured.dense(), None if hessian is None else hessian[e])
+        found.append(Solution(grid, unmeasured.codes, unmeasured.params, loss))
+    return found
