@@ -1,0 +1,461 @@
+"""Lazy tensors of any Hugging Face folder or hub repository, from safetensors files only.
+
+A `Reader` opens config and index, and reads a tensor when it is asked for, straight from the shard that holds it; a
+slice along the first dimension reads no more than the slice. From the hub, headers are read with range requests and a
+shard is downloaded when a tensor of it is asked for. Nothing is unpickled.
+
+Weights that a checkpoint stores quantized (MXFP4, FP8 with block scales) appear as one tensor under the name of the
+weight, dequantized to bfloat16 on reading; their parts (`X_blocks`, `X_scales`, `X_scale_inv`) do not appear.
+"""
+
+import json
+import re
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from halfbit import dequantize
+from halfbit.errors import CheckpointError, FormatError, Unsupported
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# what a compressed folder needs beside config.json and weights; no *.py: code of a checkpoint is never run
+AUXILIARY = (
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+# dtype names of the safetensors header, https://huggingface.co/docs/safetensors/index#format
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+# the specification's own limit on a header, so that a foreign file cannot make us read gigabytes
+HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors header."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """A weight stored as blocks and scales."""
+
+    blocks: str
+    scales: str
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A weight stored as float8 and one scale per rectangle."""
+
+    weight: str
+    scale: str
+    block: tuple[int, int]
+
+
+class Folder:
+    """The files of a local folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in self.root.iterdir() if p.is_file())
+
+    def path(self, filename: str) -> Path | None:
+        path = self.root / filename
+        return path if path.is_file() else None
+
+    def header(self, filename: str) -> dict[str, tuple[str, list[int]]]:
+        path = self.path(filename)
+        if path is None:
+            raise CheckpointError(f"{self}: shard {filename} is missing; download it again")
+        return read_header(path)
+
+
+class Hub:
+    """The files of a hub repository, each fetched when it is first needed, all from one commit."""
+
+    def __init__(self, repository: str, revision: str | None):
+        self.repository, self.revision = repository, revision
+        config = self.path("config.json")
+        # the cache keeps files under snapshots/<commit>; a branch that moves during a run must not mix two commits
+        if config is not None and re.fullmatch(r"[0-9a-f]{40}", config.parent.name):
+            self.revision = config.parent.name
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision or 'main'}"
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(huggingface_hub.list_repo_files(self.repository, revision=self.revision))
+        except (HfHubHTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+
+    def path(self, filename: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.repository, filename, revision=self.revision))
+        except LocalEntryNotFoundError as error:
+            raise self._unreachable(error) from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{self.repository}: neither a folder nor a hub repository ({error}); give the path of a folder with "
+                "config.json, or owner/name"
+            ) from error
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+
+    def header(self, filename: str) -> dict[str, tuple[str, list[int]]]:
+        try:
+            metadata = huggingface_hub.parse_safetensors_file_metadata(
+                self.repository, filename, revision=self.revision
+            )
+        except SafetensorsParsingError as error:
+            raise FormatError(f"{self}/{filename}: not a safetensors file: {error}") from error
+        except EntryNotFoundError as error:
+            raise CheckpointError(f"{self}: shard {filename} is missing; the repository is incomplete") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+        return {name: (info.dtype, info.shape) for name, info in metadata.tensors.items()}
+
+    def _unreachable(self, error: Exception) -> CheckpointError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return CheckpointError(
+            f"{self}: cannot be read from the hub ({type(error).__name__}: {reason}); check the name, the revision, the "
+            "network and `hf auth login`, or give the path of a downloaded folder"
+        )
+
+
+class Reader:
+    """Tensors of a checkpoint by name, read when asked for. Accumulates: keeps at most `handles` shards open.
+
+    Args:
+        source: a folder, or a hub repository "owner/name".
+        revision: branch, tag or commit of a hub repository.
+        handles: shards kept open at a time.
+
+    Attributes:
+        config: config.json as a dictionary.
+        quantization: how the source stores its weights: None, "mxfp4" or "fp8".
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None, *, handles: int = 4):
+        if handles < 1:
+            raise ValueError(f"handles: expected at least 1, got {handles}")
+        self.source = str(source)
+        self.files: Folder | Hub = _files(source, revision)
+        self.config = self._json("config.json")
+        self._limit = handles
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._headers: dict[str, dict[str, Entry]] = {}
+        self._shards = self._list_tensors()
+        self.quantization, self._block = self._quantization()
+        self._virtual = self._dequantized()
+
+    # what there is
+
+    def names(self) -> list[str]:
+        """Names of the weights, in the order of the index."""
+        shown = {_parts(v)[0]: name for name, v in self._virtual.items()}
+        hidden = {_parts(v)[1] for v in self._virtual.values()}
+        return [shown.get(n, n) for n in self._shards if n not in hidden]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._virtual or name in self._shards
+
+    def file(self, name: str) -> str:
+        """Name of the shard that holds a tensor (of a dequantized weight: its first part)."""
+        virtual = self._virtual.get(name)
+        return self._shard(_parts(virtual)[0] if virtual else name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        match self._virtual.get(name):
+            case Mxfp4(blocks, _):
+                experts, rows, groups, width = self._entry(blocks).shape
+                return experts, 2 * groups * width, rows
+            case Fp8(weight, _, _):
+                return self._entry(weight).shape
+            case _:
+                return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16 if name in self._virtual else self._entry(name).dtype
+
+    # what is in it
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU, in the checkpoint's dtype (bfloat16 where it was dequantized)."""
+        match self._virtual.get(name):
+            case Mxfp4(blocks, scales):
+                return dequantize.mxfp4(self._raw(blocks), self._raw(scales))
+            case Fp8(weight, scale, block):
+                return dequantize.fp8(self._raw(weight), self._raw(scale), block)
+            case _:
+                return self._raw(name)
+
+    def slice(self, name: str, start: int, stop: int) -> Tensor:
+        """`tensor(name)[start:stop]`, reading no more than that."""
+        length = (self.shape(name) or (0,))[0]
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"{name}: slice {start}:{stop} of {length}")
+        match self._virtual.get(name):
+            case Mxfp4(blocks, scales):
+                return dequantize.mxfp4(self._raw(blocks, start, stop), self._raw(scales, start, stop))
+            case Fp8(weight, scale, block) if len(self._entry(weight).shape) == 2:
+                # whole rectangles are read, then cut
+                first, last = start // block[0], -(-stop // block[0])
+                top = first * block[0]
+                rows = self._raw(weight, top, min(last * block[0], length))
+                return dequantize.fp8(rows, self._raw(scale, first, last), block)[start - top : stop - top]
+            case Fp8(weight, scale, block):
+                return dequantize.fp8(self._raw(weight, start, stop), self._raw(scale, start, stop), block)
+            case _:
+                return self._raw(name, start, stop)
+
+    # other files
+
+    def path(self, filename: str) -> Path:
+        """Local path of another file of the checkpoint, such as tokenizer.json (downloaded if need be)."""
+        found = self.files.path(filename)
+        if found is None:
+            raise CheckpointError(f"{self.files}: {filename} is missing; download the checkpoint again")
+        return found
+
+    def auxiliary_files(self) -> list[str]:
+        """Names of tokenizer, generation and licence files: what a copy of the model needs beside its weights."""
+        return [n for n in self.files.names() if any(fnmatch(n, pattern) for pattern in AUXILIARY)]
+
+    def close(self) -> None:
+        """Close the shards; reading again opens them again."""
+        self._open.clear()
+
+    # inside
+
+    def _json(self, filename: str) -> dict[str, Any]:
+        path = self.files.path(filename)
+        if path is None:
+            raise CheckpointError(f"{self.files}: {filename} is missing; give a folder saved by `save_pretrained`")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FormatError(f"{path}: not JSON ({error}); download the file again") from error
+        if not isinstance(content, dict):
+            raise FormatError(f"{path}: expected a JSON object, got {type(content).__name__}; download the file again")
+        return content
+
+    def _list_tensors(self) -> dict[str, str]:
+        """Tensor name -> shard name, from the index where there is one."""
+        if self.files.path(INDEX) is None:
+            names = [SINGLE] if isinstance(self.files, Folder) and self.files.path(SINGLE) else self.files.names()
+            if SINGLE not in names:
+                raise CheckpointError(_no_safetensors(str(self.files), names))
+            self._headers[SINGLE] = self._header(SINGLE)
+            return dict.fromkeys(self._headers[SINGLE], SINGLE)
+        shards = self._json(INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise FormatError(f"{self.files}/{INDEX}: expected a `weight_map` of tensor names to file names")
+        for shard in sorted(set(shards.values())):
+            # a name from a downloaded file must not lead out of the folder
+            if Path(shard).name != shard:
+                raise FormatError(f"{self.files}/{INDEX}: {shard!r} is not a plain file name")
+            if isinstance(self.files, Folder) and self.files.path(shard) is None:
+                raise CheckpointError(f"{self.files}: shard {shard} is listed in {INDEX} but missing; download it again")
+        return shards
+
+    def _quantization(self) -> tuple[str | None, tuple[int, int]]:
+        found = self.config.get("quantization_config")
+        if found is None:
+            found = (self.config.get("text_config") or {}).get("quantization_config")
+        if found is None:
+            return None, (1, 1)
+        method = found.get("quant_method")
+        if method == "halfbit":
+            raise Unsupported(
+                f"{self.files}: already compressed by halfbit; compress the original model, or open this one with "
+                "`halfbit.load`"
+            )
+        if method == "mxfp4":
+            return method, (1, 1)
+        if method == "fp8":
+            block = found.get("weight_block_size")
+            if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+                raise Unsupported(
+                    f"{self.files}: fp8 weights without block scales (weight_block_size {block!r}); use a bfloat16 "
+                    "version of the model"
+                )
+            return method, (block[0], block[1])
+        raise Unsupported(
+            f"{self.files}: weights are quantized with {method!r}; halfbit starts from plain weights, mxfp4 or fp8 with "
+            "block scales, so use the original version of the model"
+        )
+
+    def _dequantized(self) -> dict[str, Mxfp4 | Fp8]:
+        virtual: dict[str, Mxfp4 | Fp8] = {}
+        if self.quantization == "mxfp4":
+            for blocks in self._shards:
+                name = blocks.removesuffix("_blocks")
+                if name == blocks:
+                    continue
+                pair = Mxfp4(blocks, f"{name}_scales")
+                if pair.scales not in self._shards:
+                    raise CheckpointError(f"{blocks}: its {pair.scales} is missing; download again", tensor=blocks)
+                shape, scales = self._entry(pair.blocks).shape, self._entry(pair.scales).shape
+                if len(shape) != 4 or shape[3] != 16 or scales != shape[:3]:
+                    raise FormatError(
+                        f"{name}: mxfp4 blocks must be [experts, out, groups, 16] and scales [experts, out, groups], "
+                        f"got {list(shape)} and {list(scales)}",
+                        tensor=name,
+                    )
+                virtual[name] = pair
+        if self.quantization == "fp8":
+            for scale in self._shards:
+                name = scale.removesuffix("_scale_inv")
+                if name == scale:
+                    continue
+                if name not in self._shards:
+                    raise CheckpointError(f"{scale}: its weight {name} is missing; download again", tensor=scale)
+                shape, scales = self._entry(name).shape, self._entry(scale).shape
+                expected = (*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True)))
+                if len(shape) not in (2, 3) or scales != expected:
+                    raise FormatError(
+                        f"{scale}: expected one scale per {self._block[0]} x {self._block[1]} weights, {list(expected)}, "
+                        f"got {list(scales)}",
+                        tensor=scale,
+                    )
+                virtual[name] = Fp8(name, scale, self._block)
+        return virtual
+
+    def _shard(self, name: str) -> str:
+        if name not in self._shards:
+            raise CheckpointError(f"{self.files}: no tensor named {name}", tensor=name)
+        return self._shards[name]
+
+    def _entry(self, name: str) -> Entry:
+        shard = self._shard(name)
+        if shard not in self._headers:
+            self._headers[shard] = self._header(shard)
+        if name not in self._headers[shard]:
+            raise CheckpointError(
+                f"{self.files}: {name} is listed in {INDEX} but not in its shard {shard}; download both again", tensor=name
+            )
+        return self._headers[shard][name]
+
+    def _header(self, shard: str) -> dict[str, Entry]:
+        entries = {}
+        for name, (dtype, shape) in self.files.header(shard).items():
+            if dtype not in DTYPES:
+                raise Unsupported(f"{self.files}/{shard}: {name} has dtype {dtype}; known: {', '.join(DTYPES)}")
+            entries[name] = Entry(shard, DTYPES[dtype], tuple(shape))
+        return entries
+
+    def _raw(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        entry = self._entry(name)
+        handle = self._handle(entry.file)
+        try:
+            if start is None:
+                return handle.get_tensor(name)
+            return handle.get_slice(name)[start:stop]
+        except SafetensorError as error:
+            raise FormatError(f"{self.files}/{entry.file}: {name}: {error}; download it again", tensor=name) from error
+
+    def _handle(self, shard: str) -> Any:
+        if shard not in self._open:
+            path = self.path(shard)
+            try:
+                opened = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+            while len(self._open) >= self._limit:
+                self._open.popitem(last=False)
+            self._open[shard] = opened
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Tensor name -> (dtype name, shape) of a safetensors file; checks that the file is as long as its header says."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        nbytes = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 2 <= nbytes <= min(HEADER_LIMIT, length - 8):
+            raise FormatError(
+                f"{path}: not a safetensors file, or truncated: {length} bytes, header of {nbytes} bytes; download it again"
+            )
+        text = file.read(nbytes)
+    try:
+        header = json.loads(text)
+        entries = dict(_entries(header))
+        end = max((e["data_offsets"][1] for e in header.values() if "data_offsets" in e), default=0)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise FormatError(f"{path}: the header is not a safetensors header ({error}); download it again") from error
+    if 8 + nbytes + end != length:
+        raise FormatError(f"{path}: truncated: expected {8 + nbytes + end} bytes, got {length}; download it again")
+    return entries
+
+
+def _entries(header: dict[str, Any]) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, (entry["dtype"], entry["shape"])
+
+
+def _parts(virtual: Mxfp4 | Fp8) -> tuple[str, str]:
+    return (virtual.blocks, virtual.scales) if isinstance(virtual, Mxfp4) else (virtual.weight, virtual.scale)
+
+
+def _files(source: str | Path, revision: str | None) -> Folder | Hub:
+    path = Path(source)
+    if path.is_dir():
+        return Folder(path)
+    # owner/name or a bare name is a hub repository; anything else was meant as a path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
+        raise CheckpointError(f"{source}: no such folder; give a folder with config.json, or a hub repository owner/name")
+    return Hub(str(source), revision)
+
+
+def _no_safetensors(where: str, names: list[str]) -> str:
+    pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    if pickled:
+        return (
+            f"{where}: only pickled weights ({pickled[0]}), which halfbit never opens; convert them once with "
+            "`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`, or use a revision with safetensors"
+        )
+    other = [n for n in names if n.endswith((".safetensors", ".gguf", ".h5"))]
+    found = f"; found {', '.join(other[:4])}" if other else ""
+    return f"{where}: neither {SINGLE} nor {INDEX}{found}; give a folder saved by `save_pretrained`"
