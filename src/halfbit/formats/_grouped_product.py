@@ -1,0 +1,20 @@
+"""The definition of a grouped product: decode one group's matrix at a time, multiply in float32."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from torch import Tensor
+
+
+def grouped_product(x: Tensor, starts: Tensor, out_features: int, matrix: Callable[[int], Tensor]) -> Tensor:
+    """Tokens `starts[g]` to `starts[g + 1]` times `matrix(g)`, float32 `[out_features, in]`; see `Codec.product`."""
+    bounds = starts.tolist()
+    if bounds[0] != 0 or bounds[-1] != x.shape[0]:
+        raise ValueError(
+            f"starts must run from 0 to the number of tokens, {x.shape[0]}, got {bounds[0]} to {bounds[-1]}"
+        )
+    y = x.new_empty(x.shape[0], out_features)
+    for g, (start, stop) in enumerate(pairwise(bounds)):
+        if stop > start:
+            y[start:stop] = x[start:stop].float() @ matrix(g).T
+    return y

@@ -1,0 +1,195 @@
+"""QMoE's code: ternary rows as runs of one fixed dictionary, 16 bits per run of 2 to 28 weights.
+
+The codewords are the published ones, so a published checkpoint can be taken over without encoding it again
+(Frantar and Alistarh 2023, https://arxiv.org/abs/2310.16795; IST-DASLab/qmoe). What lies around them is smaller: 48
+bits per row instead of 64, and rows whose most frequent value is not 0.0 no longer cost 8 bits per weight.
+
+    codewords    uint16 [n]        rows one after another
+    row_lengths  uint16 [rows]     codewords of each row
+    levels       bfloat16 [rows, 2]  what symbols 1 and 2 stand for
+    pivots       int64 [k]         unusual rows, ascending:   bits 0-15 bfloat16 of symbol 0 | 16-62 row | 63 zero
+
+In any other row symbol 0 is 0.0. README.md beside this file has the drawing and the derivation.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from halfbit.errors import FormatError, Unsupported
+from halfbit.formats.qmoe import kernels, reference
+from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
+from halfbit.grids.ternary import Ternary
+from halfbit.types import Packed, Solution
+
+DTYPES = {"codewords": torch.uint16, "row_lengths": torch.uint16, "levels": torch.bfloat16, "pivots": torch.int64}
+
+
+@dataclass(frozen=True)
+class QMoE:
+    """Ternary matrices at about 0.75 bits per weight where 88.5 % of the weights are zero.
+
+    Attributes:
+        p0: the share of zeros that the dictionary is made for, at least 1/3; 0.885 is the published one.
+    """
+
+    p0: float = PUBLISHED_P0
+
+    name: ClassVar[str] = "qmoe"
+    parts: ClassVar[tuple[str, ...]] = ("codewords", "row_lengths", "levels", "pivots")
+
+    def __post_init__(self) -> None:
+        check_p0(self.p0)
+
+    @property
+    def dictionary(self) -> Dictionary:
+        return dictionary(self.p0)
+
+    def encode(self, solution: Solution) -> Packed:
+        if not isinstance(solution.grid, Ternary):
+            raise Unsupported(f"qmoe: stores the grid 'ternary', got {solution.grid!r}; use the format 'grouped'")
+        levels = solution.params["levels"]
+        if levels.dtype != torch.bfloat16:
+            raise Unsupported(f"qmoe: stores levels as bfloat16, got {levels.dtype}; use Ternary(dtype='bfloat16')")
+        symbols, table = most_frequent_first(solution.codes, levels[:, 0])
+        return self.pack(symbols, table)
+
+    def pack(self, symbols: Tensor, table: Tensor) -> Packed:
+        """uint8 symbols `[rows, columns]` and the bfloat16 values `[rows, 3]` that they stand for, as they are."""
+        codewords, counts = kernels.encode(symbols, self.dictionary)
+        if counts.numel() and int(counts.max()) > 65535:
+            row = int(counts.argmax())
+            raise Unsupported(
+                f"qmoe: row {row} needs {int(counts[row])} codewords, its length field holds at most 65535; "
+                "use the format 'grouped' for rows of more than 131070 columns"
+            )
+        unusual = torch.nonzero(table[:, 0] != 0).flatten()
+        pivots = (unusual << 16) | _bits(table[unusual, 0])
+        tensors = (codewords, counts.to(torch.uint16), table[:, 1:].contiguous(), pivots)
+        return Packed(self, (symbols.shape[0], symbols.shape[1]), dict(zip(self.parts, tensors, strict=True)))
+
+    def decode(self, packed: Packed) -> Tensor:
+        codewords, row_offsets, levels, entries = self.runtime(packed)
+        symbols = kernels.decode(codewords, row_offsets, entries, packed.shape[1])
+        return reference.values(symbols, levels)
+
+    def check(self, packed: Packed) -> None:
+        self._check_tensors(packed)
+        entries = self.dictionary.entries.to(packed.tensors["codewords"].device)
+        offsets = _offsets(packed.tensors["row_lengths"])
+        reference.check_widths(packed.tensors["codewords"], offsets, entries, packed.shape[1])
+
+    def concatenate(self, parts: list[Packed]) -> Packed:
+        columns = {part.shape[1] for part in parts}
+        if len(columns) != 1:
+            raise ValueError(f"qmoe: only matrices of one width can be put together, got widths {sorted(columns)}")
+        tensors = {
+            key: torch.cat([part.tensors[key] for part in parts]) for key in ("codewords", "row_lengths", "levels")
+        }
+        pivots, rows = [], 0
+        for part in parts:
+            pivots.append(part.tensors["pivots"] + (rows << 16))
+            rows += part.shape[0]
+        return Packed(self, (rows, columns.pop()), tensors | {"pivots": torch.cat(pivots)})
+
+    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
+        """Rows `start` to `stop` as a matrix of their own, without decoding."""
+        t = packed.tensors
+        offsets = _offsets(t["row_lengths"])
+        of_row = t["pivots"] >> 16
+        return Packed(
+            self,
+            (stop - start, packed.shape[1]),
+            {
+                "codewords": t["codewords"][int(offsets[start]) : int(offsets[stop])],
+                "row_lengths": t["row_lengths"][start:stop],
+                "levels": t["levels"][start:stop],
+                "pivots": t["pivots"][(of_row >= start) & (of_row < stop)] - (start << 16),
+            },
+        )
+
+    def runtime(self, packed: Packed) -> list[Tensor]:
+        """[codewords, row_offsets int64 [rows + 1], levels float32 [rows, 3], entries int64 [65536]]."""
+        self._check_tensors(packed)
+        t = packed.tensors
+        levels = torch.nn.functional.pad(t["levels"].float(), (1, 0))
+        levels[t["pivots"] >> 16, 0] = (t["pivots"] & 0xFFFF).to(torch.uint16).view(torch.bfloat16).float()
+        entries = self.dictionary.entries.to(levels.device)
+        return [t["codewords"], _offsets(t["row_lengths"]), levels, entries]
+
+    def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        return torch.ops.halfbit.qmoe_product(x, starts, tensors, out_features)
+
+    def _check_tensors(self, packed: Packed) -> None:
+        """Everything that can be seen without looking at the codewords."""
+        rows = packed.shape[0]
+        if set(packed.tensors) != set(self.parts):
+            raise FormatError(f"qmoe: expected the tensors {', '.join(self.parts)}, got {', '.join(packed.tensors)}")
+        shapes = {"codewords": 1, "row_lengths": (rows,), "levels": (rows, 2), "pivots": 1}
+        for part, shape in shapes.items():
+            got = packed.tensors[part]
+            if got.dtype != DTYPES[part]:
+                raise FormatError(f"qmoe: {part} must be {DTYPES[part]}, got {got.dtype}", tensor=part)
+            if got.ndim != shape if isinstance(shape, int) else got.shape != shape:
+                raise FormatError(f"qmoe: {part} must have shape {shape}, got {tuple(got.shape)}", tensor=part)
+        said, present = int(packed.tensors["row_lengths"].to(torch.int64).sum()), packed.tensors["codewords"].shape[0]
+        if said != present:
+            raise FormatError(
+                f"qmoe: the rows have {said} codewords, the file {present}; it is damaged, compress the block again",
+                tensor="row_lengths",
+            )
+        self._check_levels(packed.tensors["levels"], packed.tensors["pivots"], rows)
+
+    @staticmethod
+    def _check_levels(levels: Tensor, pivots: Tensor, rows: int) -> None:
+        if not torch.isfinite(levels).all():
+            raise FormatError("qmoe: a level is NaN or infinite; the file is damaged", tensor="levels")
+        row = pivots >> 16
+        if ((row < 0) | (row >= rows)).any() or (row.diff() <= 0).any():
+            raise FormatError(
+                f"qmoe: pivots must name ascending rows below {rows}; the file is damaged", tensor="pivots"
+            )
+        if not torch.isfinite((pivots & 0xFFFF).to(torch.uint16).view(torch.bfloat16)).all():
+            raise FormatError("qmoe: a pivot's value is NaN or infinite; the file is damaged", tensor="pivots")
+
+
+def most_frequent_first(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Symbols renamed so that symbol 0 is the most frequent value of its row, 0.0 where that is one of them.
+
+    Args:
+        codes: uint8 `[rows, columns]`, 0 for 0.0, 1 and 2 for the row's levels.
+        levels: bfloat16 `[rows, 2]`.
+
+    Returns:
+        uint8 symbols `[rows, columns]`, and the bfloat16 values `[rows, 3]` that they stand for.
+    """
+    low, high = levels[:, :1], levels[:, 1:]
+    # one symbol per value: a level of 0.0 (a row without negatives) is the symbol 0, equal levels are the symbol 1
+    codes = torch.where((codes == 2) & (high == low), 1, codes)
+    codes = torch.where((codes == 1) & (low == 0) | (codes == 2) & (high == 0), 0, codes).to(torch.uint8)
+    table = torch.cat([torch.zeros_like(low), levels], 1)
+    counts = torch.stack([(codes == s).sum(1) for s in range(3)], 1)
+    # 0.0 wins ties, then the lower symbol, so that equal matrices give equal bytes
+    first = (3 * counts + torch.tensor([2, 1, 0], device=codes.device)).argmax(1, keepdim=True)
+    # exchange symbol 0 and symbol `first`; where they are the same nothing changes
+    symbols = torch.where(codes == 0, first.to(torch.uint8), torch.where(codes == first, 0, codes)).to(torch.uint8)
+    most = table.gather(1, first)
+    table = table.scatter(1, first, torch.zeros_like(most))
+    table[:, :1] = most
+    return symbols, table
+
+
+def _offsets(row_lengths: Tensor) -> Tensor:
+    # int64: a stack of 2048 experts has more than 2^31 codewords
+    lengths = row_lengths.to(torch.int64)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The bit patterns of bfloat16 values as int64 0..65535."""
+    return values.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+
+
+CODEC = QMoE

@@ -1,0 +1,49 @@
+"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+
+`halfbit::qmoe_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbit import native
+from halfbit.formats.qmoe import reference
+from halfbit.formats.qmoe.dictionary import Dictionary
+
+if native.extension is not None:
+    from halfbit.formats.qmoe import cpu
+
+
+def encode(symbols: Tensor, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """Codewords, uint16 `[n]`, and their number per row, int64 `[rows]`."""
+    if _native(symbols):
+        return cpu.encode(symbols, dictionary.trie)
+    return reference.encode(symbols, dictionary.trie.to(symbols.device))
+
+
+def decode(codewords: Tensor, row_offsets: Tensor, entries: Tensor, columns: int) -> Tensor:
+    """uint8 symbols `[rows, columns]`. Raises FormatError."""
+    if _native(codewords):
+        return cpu.decode(codewords, row_offsets, entries, columns)
+    return reference.decode(codewords, row_offsets, entries, columns)
+
+
+def _native(t: Tensor) -> bool:
+    return native.extension is not None and t.device.type == "cpu"
+
+
+@torch.library.custom_op(
+    "halfbit::qmoe_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
+)
+def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    """See `Codec.product`; `tensors` are those of `QMoE.runtime`."""
+    if _native(x):
+        return cpu.product(x, starts, *tensors, out_features)
+    return reference.product(x, starts, *tensors, out_features)
+
+
+@product.register_fake
+def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
