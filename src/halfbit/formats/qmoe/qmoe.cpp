@@ -49,8 +49,9 @@ inline int64_t length(uint64_t entry) { return static_cast<int64_t>(entry >> 56)
 // Rows hold whole pairs: the last symbol of an odd row is a 0 that no weight owns.
 inline int64_t even(int64_t columns) { return columns + (columns & 1); }
 
+// RuntimeError in Python: the bytes are damaged. Arguments that do not fit together are invalid_argument, a ValueError.
 [[noreturn]] void damaged(int64_t row, const std::string &what) {
-    throw std::invalid_argument("row " + std::to_string(row) + ": " + what);
+    throw std::runtime_error("row " + std::to_string(row) + ": " + what);
 }
 
 [[noreturn]] void wrong_length(int64_t row, int64_t got, int64_t columns) {
@@ -126,13 +127,13 @@ std::vector<uint32_t> make_terms(const uint64_t *entries) {
     std::vector<uint32_t> terms(root);
     for (int64_t word = 0; word < root; ++word) {
         uint32_t packed = static_cast<uint32_t>(length(entries[word])) << 24;
-        int count = 0;
-        for (int64_t i = 0; i < longest; ++i) {
-            const uint32_t symbol = entries[word] >> 2 * i & 3;
-            if (symbol && count == 3) return {};
-            if (symbol) packed |= (i | symbol << 5) << 7 * count++;
+        const uint64_t symbols = entries[word] << 8 >> 8;
+        uint64_t left = (symbols | symbols >> 1) & 0x5555555555555555;  // the low bit of every symbol that is not 0
+        for (int k = 0; k < 3; ++k, left &= left - 1) {
+            const int bit = left ? __builtin_ctzll(left) : 0;
+            packed |= (left ? bit / 2 | (symbols >> bit & 3) << 5 : no_term) << 7 * k;
         }
-        for (; count < 3; ++count) packed |= no_term << 7 * count;
+        if (left) return {};
         terms[word] = packed;
     }
     return terms;
@@ -339,8 +340,8 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> array(std::vector<T> &&values) {
 
 nb::tuple encode(Matrix<const uint8_t> symbols, Trie trie, int threads) {
     const int64_t count = symbols.shape(0), columns = symbols.shape(1), blocks = (count + block_rows - 1) / block_rows;
-    if (columns > 2 * 65535) throw std::invalid_argument("rows longer than 131070 columns have lengths beyond 16 bits");
-    std::vector<uint16_t> codewords, lengths(count);
+    std::vector<uint16_t> codewords;
+    std::vector<int64_t> lengths(count);
     {
         const nb::gil_scoped_release release;
         if (std::any_of(trie.data() + 9 * root, trie.data() + 9 * (root + 1), [](int32_t child) { return child < 0; }))
@@ -351,10 +352,12 @@ nb::tuple encode(Matrix<const uint8_t> symbols, Trie trie, int threads) {
                 const uint8_t *symbol = symbols.data() + row * columns;
                 uint8_t highest = 0;
                 for (int64_t c = 0; c < columns; ++c) highest = std::max(highest, symbol[c]);
-                if (highest > 2) damaged(row, "symbol " + std::to_string(highest) + ", expected 0, 1 or 2");
+                if (highest > 2)
+                    throw std::invalid_argument("row " + std::to_string(row) + ": symbols must be 0, 1 or 2, got " +
+                                                std::to_string(highest));
                 const size_t before = parts[block].size();
                 encode_row(symbol, columns, trie.data(), parts[block]);
-                lengths[row] = static_cast<uint16_t>(parts[block].size() - before);
+                lengths[row] = static_cast<int64_t>(parts[block].size() - before);
             }
         });
         size_t total = 0;
@@ -380,7 +383,7 @@ void decode(Words words, Offsets offsets, Entries entries, Matrix<uint8_t> symbo
 
 HALFBIT_BINDINGS(qmoe) {
     m.def("qmoe_encode", encode, "symbols"_a.noconvert(), "trie"_a.noconvert(), "threads"_a,
-          "symbols uint8 [rows, columns], trie int32 [65537, 9] -> codewords uint16 [n], codewords per row uint16 [rows]");
+          "symbols uint8 [rows, columns], trie int32 [65537, 9] -> codewords uint16 [n], codewords per row int64 [rows]");
     m.def("qmoe_decode", decode, "codewords"_a.noconvert(), "row_offsets"_a.noconvert(), "entries"_a.noconvert(),
           "symbols"_a.noconvert(), "threads"_a, nb::call_guard<nb::gil_scoped_release>(),
           "codewords uint16 [n], row_offsets int64 [rows + 1], entries uint64 [65536] -> into symbols uint8 [rows, columns]");
