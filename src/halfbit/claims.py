@@ -1,13 +1,13 @@
 """Which weight of the model each tensor of the checkpoint becomes, decided once, before anything is read.
 
-transformers renames and converts checkpoints while it loads them: one tensor per expert into one 3-D parameter, old names
-into new ones. The same rules (`get_model_conversion_mapping`, `rename_source_key`) are applied here to the names, and the
-conversions to meta tensors of the checkpoint's shapes. What comes out is compared with the model, name by name and shape by
-shape: a tensor that nobody takes, a weight that nobody gives and a shape that does not fit are errors that name it.
+transformers renames and converts checkpoints while it loads them: one tensor per expert into one 3-D parameter, old
+names into new ones. The same rules (`get_model_conversion_mapping`, `rename_source_key`) are applied here to the names,
+and the conversions to meta tensors of the checkpoint's shapes. What comes out is compared with the model, name by name
+and shape by shape: a tensor that nobody takes, a weight that nobody gives and a shape that does not fit are errors.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +23,7 @@ from halfbit.experts import ExpertStack
 from halfbit.reader import Reader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Where one weight of the model, or several that are stored as one, come from.
 
@@ -37,19 +37,25 @@ class Source:
     names: Mapping[str, tuple[str, ...]]
     converter: WeightConverter | None = None
 
+    @property
+    def first(self) -> str:
+        """The first checkpoint tensor; the only one where there is no converter."""
+        return next(iter(self.names.values()))[0]
+
     def convert(self, tensors: Mapping[str, list[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
-        """Weights by name in the model from the tensors by pattern."""
+        """Weights by name in the model, from the tensors by pattern."""
         if self.converter is None:
             return {self.target: next(iter(tensors.values()))[0]}
         # the rule collects tensors in itself
         rule = deepcopy(self.converter)
         for pattern, found in tensors.items():
-            rule.collected_tensors[pattern] = list(found)
+            rule.collected_tensors[pattern] = list(found)  # pyright: ignore[reportArgumentType] (tensors are taken too)
         made = rule.convert(self.target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def convert_with(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        return self.convert({p: [read(n) for n in names] for p, names in self.names.items()}, model)
+    def read(self, tensor: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """Weights by name in the model, from a function that reads a checkpoint tensor."""
+        return self.convert({p: [tensor(n) for n in names] for p, names in self.names.items()}, model)
 
 
 @dataclass(frozen=True)
@@ -59,42 +65,66 @@ class Claim:
     Attributes:
         kind: "outer", "block", "experts", "tied" (a copy of another weight) or "ignored" (by the model's own rule).
         where: the weight's name in the model; for experts "path.projection"; for ignored the rule.
-        block: path of the block, where there is one.
+        block: path of the block that it is loaded or streamed with.
+        experts: path of the experts module.
         expert: number of the expert, where the tensor holds one.
     """
 
     kind: Literal["outer", "block", "experts", "tied", "ignored"]
     where: str
     block: str | None = None
+    experts: str | None = None
     expert: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Claims:
     """The whole checkpoint, claimed.
 
     Attributes:
         tensors: one claim per checkpoint tensor.
-        sources: source by the name of each weight of the model.
+        sources: source by name of each weight of the model.
         tied: name of a weight of the model -> name of the weight that is loaded in its place.
+        shards: the file of each checkpoint tensor.
     """
 
     tensors: Mapping[str, Claim]
     sources: Mapping[str, Source]
     tied: Mapping[str, str]
+    shards: Mapping[str, str]
 
-    def of(self, kind: str, block: str | None = None) -> list[str]:
-        """Names of the checkpoint tensors of one kind, of one block."""
-        return [n for n, c in self.tensors.items() if c.kind == kind and (block is None or c.block == block)]
+    def tensors_of(self, block: str) -> list[str]:
+        """Names of the checkpoint tensors of one block, experts included."""
+        return [n for n, c in self.tensors.items() if c.block == block]
+
+    def experts_module(self, tensor: str) -> str | None:
+        """Path of the experts module that a checkpoint tensor belongs to."""
+        return self.tensors[tensor].experts
+
+    def outer_shards(self) -> list[list[str]]:
+        """Names of the checkpoint tensors outside the blocks, by the file they are in; ignored ones are left out."""
+        groups: dict[str, list[str]] = {}
+        for name, found in self.tensors.items():
+            if found.kind in ("outer", "tied"):
+                groups.setdefault(self.shards[name], []).append(name)
+        return list(groups.values())
+
+    def ignored(self) -> list[str]:
+        """Names of the checkpoint tensors that the model's own rules leave out."""
+        return [n for n, c in self.tensors.items() if c.kind == "ignored"]
 
 
 def claim(
-    model: PreTrainedModel, reader: Reader, blocks: list[str], experts: Mapping[str, ExpertStack], pinned: set[str]
+    model: PreTrainedModel,
+    reader: Reader,
+    blocks: list[str],
+    experts: Mapping[str, ExpertStack],
+    pinned: Set[str] = frozenset(),
 ) -> Claims:
     """Decide for every checkpoint tensor who takes it.
 
     Args:
-        model: on the meta device.
+        model: the model as it was built; its weights may be anywhere.
         reader: the checkpoint.
         blocks: paths of all blocks.
         experts: the experts modules by path.
@@ -105,51 +135,58 @@ def claim(
         CheckpointError: a weight of the model that no tensor gives, or a shape that does not fit.
     """
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    grouped, homeless = _sources(model, reader, shapes)
-    owners: dict[str, Source] = {}
+    grouped, homeless = _group(model, reader, shapes)
+    sources: dict[str, Source] = {}
     for source in grouped:
-        for name, shape in _made(source, model, reader).items():
+        for name, shape in _shapes(source, model, reader).items():
             if name in shapes and shape != shapes[name]:
                 raise CheckpointError(
-                    f"{name}: expected {list(shapes[name])} by config.json, got {list(shape)} from "
-                    f"{_some(source)}; config.json and weights belong to different models",
+                    f"{name}: expected {list(shapes[name])} by config.json, got {list(shape)} from {_some(source)}; "
+                    "config.json and weights belong to different models",
                     tensor=name,
                 )
-            owners[name] = source
-    tied = _tied(model, reader, owners)
+            sources[name] = source
+    ignored = _ignored(model, reader, homeless)
+    tied = _tied(model, reader, sources)
     for name in shapes:
-        if name not in owners and name not in tied:
+        if name not in sources and name not in tied:
             raise CheckpointError(
-                f"{name}: no tensor of {reader.files} gives this weight {list(shapes[name])}; the checkpoint is incomplete "
-                "or config.json belongs to another model",
+                f"{name} {list(shapes[name])}: no tensor of {reader.files} gives this weight; the checkpoint is "
+                "incomplete, or config.json belongs to another model",
                 tensor=name,
             )
-    roles = {n: (s, p) for s in experts.values() for p in s.projections for n in (*s.parameters(p), *s.bias_parameters(p))}
+    streamed = {n: (stack, p) for stack in experts.values() for n, p in stack.streamed().items()}
     tensors: dict[str, Claim] = {}
-    for name, source in owners.items():
+    for name, source in sources.items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
-        for names in source.names.values():
-            for i, tensor in enumerate(names):
-                if name in roles:
-                    stack, projection = roles[name]
-                    expert = i if len(names) == stack.num_experts else None
-                    if stack.members:
-                        expert = next(e for e, m in enumerate(stack.members) if name.startswith(f"{stack.path}.{m}."))
-                    tensors[tensor] = Claim("experts", f"{stack.path}.{projection}", block, expert)
-                elif name in tied:
-                    tensors[tensor] = Claim("tied", tied[name])
-                elif block is None or name in pinned:
-                    tensors[tensor] = Claim("outer", name, block)
-                else:
-                    tensors[tensor] = Claim("block", name, block)
-    tensors.update(_ignored(model, reader, homeless))
-    return Claims(tensors, owners, tied)
+        for i, tensor in ((i, t) for names in source.names.values() for i, t in enumerate(names)):
+            if name in streamed:
+                stack, projection = streamed[name]
+                expert = _expert(stack, name, i, source)
+                tensors[tensor] = Claim("experts", f"{stack.path}.{projection}", block, stack.path, expert)
+            elif name in tied:
+                tensors[tensor] = Claim("tied", tied[name])
+            elif block is None or name in pinned:
+                tensors[tensor] = Claim("outer", name)
+            else:
+                tensors[tensor] = Claim("block", name, block)
+    tensors.update(ignored)
+    # in the checkpoint's order, so that what is written from this is the same every time
+    return Claims({n: tensors[n] for n in reader.names()}, sources, tied, {n: reader.file(n) for n in reader.names()})
 
 
-def _sources(
+def _expert(stack: ExpertStack, name: str, position: int, source: Source) -> int | None:
+    """Number of the expert that a tensor holds; None: all of them."""
+    if stack.members:
+        return next(e for e, member in enumerate(stack.members) if name.startswith(f"{stack.path}.{member}."))
+    per_expert = all(len(names) == stack.num_experts for names in source.names.values())
+    return position if source.converter is not None and per_expert else None
+
+
+def _group(
     model: PreTrainedModel, reader: Reader, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[Source], dict[str, str]]:
-    """Checkpoint tensors grouped by the weight they make, and those without one, with the name they would have."""
+    """Checkpoint tensors grouped by the weight they make, and those without one with the name they would have."""
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
@@ -158,7 +195,7 @@ def _sources(
     grouped: dict[str, dict[str, list[str]]] = {}
     chosen: dict[str, WeightConverter | None] = {}
     homeless: dict[str, str] = {}
-    # the order in which transformers collects tensors is the order of the experts
+    # transformers collects tensors in this order, which is the order of the experts
     for name in sorted(reader.names(), key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known and name in known:
@@ -167,30 +204,33 @@ def _sources(
             homeless[name] = renamed
             continue
         group = grouped.setdefault(renamed, {})
-        chosen.setdefault(renamed, by_pattern[pattern] if pattern is not None else None)
-        if pattern is None and group:
+        if group and (pattern is None or chosen[renamed] is None):
             other = next(iter(group.values()))[0]
-            raise CheckpointError(f"{name} and {other} both claim the weight {renamed}; one of them is left over", tensor=name)
+            raise CheckpointError(
+                f"{name} and {other}: both give the weight {renamed}; remove the one that is left over", tensor=name
+            )
+        chosen[renamed] = by_pattern[pattern] if pattern is not None else None
         group.setdefault(pattern or name, []).append(name)
     sources = [Source(n, {p: tuple(names) for p, names in g.items()}, chosen[n]) for n, g in grouped.items()]
     return sources, homeless
 
 
-def _made(source: Source, model: PreTrainedModel, reader: Reader) -> dict[str, tuple[int, ...]]:
+def _shapes(source: Source, model: PreTrainedModel, reader: Reader) -> dict[str, tuple[int, ...]]:
     """Shapes of what a source makes, by running its conversion on meta tensors."""
     for names in source.names.values():
         missing = _gap(names)
         if missing is not None:
             raise CheckpointError(
-                f"{missing}: missing, though {names[-1]} is there; {source.target} is made of both, the checkpoint is "
-                "incomplete",
+                f"{missing}: missing, though {names[-1]} is there, and {source.target} is made of both; the checkpoint "
+                "is incomplete, download it again",
                 tensor=missing,
             )
     try:
-        made = source.convert_with(lambda n: torch.empty(reader.shape(n), dtype=reader.dtype(n), device="meta"), model)
+        made = source.read(lambda n: torch.empty(reader.shape(n), dtype=reader.dtype(n), device="meta"), model)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
-            f"{source.target}: cannot be made of {_some(source)}: {error}; config.json and weights belong to different models",
+            f"{source.target}: cannot be made of {_some(source)} ({error}); the checkpoint is incomplete, or "
+            "config.json belongs to another model",
             tensor=source.target,
         ) from error
     return {name: tuple(t.shape) for name, t in made.items()}
@@ -198,17 +238,13 @@ def _made(source: Source, model: PreTrainedModel, reader: Reader) -> dict[str, t
 
 def _gap(names: tuple[str, ...]) -> str | None:
     """The first name missing from names that count 0, 1, 2, ... in one place."""
-    if len(names) < 2:
-        return None
     first, last = names[0].split("."), names[-1].split(".")
     differing = [i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b]
     if len(first) != len(last) or len(differing) != 1 or not last[differing[0]].isdigit():
         return None
-    for number in range(int(last[differing[0]]) + 1):
-        expected = ".".join([*first[: differing[0]], str(number), *first[differing[0] + 1 :]])
-        if expected not in names:
-            return expected
-    return None
+    place, there = differing[0], set(names)
+    counted = (".".join([*last[:place], str(i), *last[place + 1 :]]) for i in range(int(last[place])))
+    return next((n for n in counted if n not in there), None)
 
 
 def _some(source: Source) -> str:
@@ -216,39 +252,39 @@ def _some(source: Source) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
 
 
-def _tied(model: PreTrainedModel, reader: Reader, owners: Mapping[str, Source]) -> dict[str, str]:
+def _tied(model: PreTrainedModel, reader: Reader, sources: Mapping[str, Source]) -> dict[str, str]:
     """Weights that are another weight under a second name, as `PreTrainedModel.tie_weights` decides it."""
     groups: dict[str, list[str]] = {}
     for name, canonical in model.all_tied_weights_keys.items():
         groups.setdefault(canonical, [canonical]).append(name)
     tied = {}
     for names in groups.values():
-        # the canonical name first; an older checkpoint may hold the weight under one of the others
-        present = [n for n in names if n in owners]
+        # the canonical name first; a checkpoint may hold the weight under one of the others
+        present = [n for n in names if n in sources]
         for name in names:
             if not present or name == present[0]:
                 continue
-            if name not in owners or _equal(reader, owners[present[0]], owners[name]):
+            # two names with two values: config.json is wrong, and both are kept
+            if name not in sources or _equal(reader, sources[present[0]], sources[name]):
                 tied[name] = present[0]
     return tied
 
 
 def _equal(reader: Reader, a: Source, b: Source) -> bool:
     """Whether two plain tensors are the same; read in pieces, as they are embeddings."""
-    if a.converter is not None or b.converter is not None:
+    if a.converter is not None or b.converter is not None or reader.shape(a.first) != reader.shape(b.first):
         return False
-    x, y = next(iter(a.names.values()))[0], next(iter(b.names.values()))[0]
-    rows, piece = reader.shape(x)[0], 4096
-    return reader.shape(x) == reader.shape(y) and all(
-        torch.equal(reader.slice(x, i, min(i + piece, rows)), reader.slice(y, i, min(i + piece, rows)))
+    rows, piece = reader.shape(a.first)[0], 4096
+    return all(
+        torch.equal(reader.slice(a.first, i, min(i + piece, rows)), reader.slice(b.first, i, min(i + piece, rows)))
         for i in range(0, rows, piece)
     )
 
 
 def _ignored(model: PreTrainedModel, reader: Reader, homeless: Mapping[str, str]) -> dict[str, Claim]:
-    """Tensors that the model's own rules leave out, such as the extra layer of DeepSeek-V3 for multi-token prediction."""
+    """Tensors that the model's own rules leave out, such as DeepSeek-V3's extra layer that predicts two tokens."""
     rules = sorted(model._keys_to_ignore_on_load_unexpected or ())
-    # what transformers adds to the rules: buffers that older versions saved
+    # what `from_pretrained` adds to the rules: buffers that older versions saved
     buffers = [n for n, _ in model.named_buffers()]
     rules += [r"rotary_emb\.inv_freq"] if any(n.endswith("rotary_emb.inv_freq") for n in buffers) else []
     rules += [r"(^|\.)position_ids$"] if any(n.endswith("position_ids") for n in buffers) else []
@@ -257,8 +293,8 @@ def _ignored(model: PreTrainedModel, reader: Reader, homeless: Mapping[str, str]
         rule = next((r for r in rules if re.search(r, renamed)), None)
         if rule is None:
             raise UnclaimedWeight(
-                f"{name} {list(reader.shape(name))}: no module of {type(model).__name__} takes this tensor; it would be lost, "
-                "so use the config.json that belongs to these weights, or a transformers that knows this model",
+                f"{name} {list(reader.shape(name))}: no module of {type(model).__name__} takes this tensor, and it "
+                "would be lost; use the config.json that belongs to these weights, or a transformers that knows this model",
                 tensor=name,
             )
         claims[name] = Claim("ignored", rule)

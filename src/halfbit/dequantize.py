@@ -3,10 +3,10 @@
 MXFP4 (gpt-oss): 32 values share one power of two; two 4-bit floats (e2m1) per byte, the low nibble first.
     X_blocks uint8 [experts, out, in / 32, 16]     X_scales uint8 [experts, out, in / 32], exponent + 127
     -> [experts, in, out], the orientation of transformers' GptOssExperts
-    (OCP Microscaling Formats v1.0, section 5.3, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf)
+    (OCP Microscaling Formats v1.0, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf)
 
-FP8 (DeepSeek-V3): float8_e4m3fn with one float scale per rectangle of `block` rows and columns; "inv" in the name
-`weight_scale_inv` is historical, the scale is multiplied (https://huggingface.co/deepseek-ai/DeepSeek-V3, README_WEIGHTS.md).
+FP8 (DeepSeek-V3): float8_e4m3fn with one float scale per rectangle of `block` rows and columns. In spite of its name
+`weight_scale_inv` is multiplied (https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md).
 """
 
 import torch

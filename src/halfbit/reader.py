@@ -156,8 +156,8 @@ class Hub:
     def _unreachable(self, error: Exception) -> CheckpointError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return CheckpointError(
-            f"{self}: cannot be read from the hub ({type(error).__name__}: {reason}); check the name, the revision, the "
-            "network and `hf auth login`, or give the path of a downloaded folder"
+            f"{self}: cannot be read from the hub ({type(error).__name__}: {reason}); check the name, the revision, "
+            "the network and `hf auth login`, or give the path of a downloaded folder"
         )
 
 
@@ -168,23 +168,27 @@ class Reader:
         source: a folder, or a hub repository "owner/name".
         revision: branch, tag or commit of a hub repository.
         handles: shards kept open at a time.
+        packed_ok: open a folder that halfbit compressed too; its packed tensors appear as they are stored.
 
     Attributes:
+        source: as given.
+        revision: as given; of a hub repository the commit that was found.
         config: config.json as a dictionary.
-        quantization: how the source stores its weights: None, "mxfp4" or "fp8".
+        quantization: how the source stores its weights: None, "mxfp4", "fp8" or "halfbit".
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, *, handles: int = 4):
+    def __init__(self, source: str | Path, revision: str | None = None, *, handles: int = 4, packed_ok: bool = False):
         if handles < 1:
             raise ValueError(f"handles: expected at least 1, got {handles}")
         self.source = str(source)
         self.files: Folder | Hub = _files(source, revision)
+        self.revision = self.files.revision if isinstance(self.files, Hub) else revision
         self.config = self._json("config.json")
         self._limit = handles
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._headers: dict[str, dict[str, Entry]] = {}
         self._shards = self._list_tensors()
-        self.quantization, self._block = self._quantization()
+        self.quantization, self._block = self._quantization(packed_ok)
         self._virtual = self._dequantized()
 
     # what there is
@@ -294,16 +298,20 @@ class Reader:
             if Path(shard).name != shard:
                 raise FormatError(f"{self.files}/{INDEX}: {shard!r} is not a plain file name")
             if isinstance(self.files, Folder) and self.files.path(shard) is None:
-                raise CheckpointError(f"{self.files}: shard {shard} is listed in {INDEX} but missing; download it again")
+                raise CheckpointError(
+                    f"{self.files}: shard {shard} is listed in {INDEX} but missing; download it again"
+                )
         return shards
 
-    def _quantization(self) -> tuple[str | None, tuple[int, int]]:
+    def _quantization(self, packed_ok: bool) -> tuple[str | None, tuple[int, int]]:
         found = self.config.get("quantization_config")
         if found is None:
             found = (self.config.get("text_config") or {}).get("quantization_config")
         if found is None:
             return None, (1, 1)
         method = found.get("quant_method")
+        if method == "halfbit" and packed_ok:
+            return method, (1, 1)
         if method == "halfbit":
             raise Unsupported(
                 f"{self.files}: already compressed by halfbit; compress the original model, or open this one with "
@@ -320,8 +328,8 @@ class Reader:
                 )
             return method, (block[0], block[1])
         raise Unsupported(
-            f"{self.files}: weights are quantized with {method!r}; halfbit starts from plain weights, mxfp4 or fp8 with "
-            "block scales, so use the original version of the model"
+            f"{self.files}: weights are quantized with {method!r}; halfbit starts from plain weights, mxfp4 or fp8 "
+            "with block scales, so use the original version of the model"
         )
 
     def _dequantized(self) -> dict[str, Mxfp4 | Fp8]:
@@ -353,8 +361,8 @@ class Reader:
                 expected = (*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True)))
                 if len(shape) not in (2, 3) or scales != expected:
                     raise FormatError(
-                        f"{scale}: expected one scale per {self._block[0]} x {self._block[1]} weights, {list(expected)}, "
-                        f"got {list(scales)}",
+                        f"{scale}: expected one scale per {self._block[0]} x {self._block[1]} weights, "
+                        f"{list(expected)}, got {list(scales)}",
                         tensor=scale,
                     )
                 virtual[name] = Fp8(name, scale, self._block)
@@ -371,7 +379,8 @@ class Reader:
             self._headers[shard] = self._header(shard)
         if name not in self._headers[shard]:
             raise CheckpointError(
-                f"{self.files}: {name} is listed in {INDEX} but not in its shard {shard}; download both again", tensor=name
+                f"{self.files}: {name} is listed in {INDEX} but not in its shard {shard}; download both again",
+                tensor=name,
             )
         return self._headers[shard][name]
 
@@ -415,7 +424,8 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         nbytes = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 2 <= nbytes <= min(HEADER_LIMIT, length - 8):
             raise FormatError(
-                f"{path}: not a safetensors file, or truncated: {length} bytes, header of {nbytes} bytes; download it again"
+                f"{path}: not a safetensors file, or truncated: {length} bytes, header of {nbytes} bytes; download it "
+                "again"
             )
         text = file.read(nbytes)
     try:
@@ -445,7 +455,9 @@ def _files(source: str | Path, revision: str | None) -> Folder | Hub:
         return Folder(path)
     # owner/name or a bare name is a hub repository; anything else was meant as a path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
-        raise CheckpointError(f"{source}: no such folder; give a folder with config.json, or a hub repository owner/name")
+        raise CheckpointError(
+            f"{source}: no such folder; give a folder with config.json, or a hub repository owner/name"
+        )
     return Hub(str(source), revision)
 
 
@@ -454,7 +466,8 @@ def _no_safetensors(where: str, names: list[str]) -> str:
     if pickled:
         return (
             f"{where}: only pickled weights ({pickled[0]}), which halfbit never opens; convert them once with "
-            "`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`, or use a revision with safetensors"
+            "`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`, or use a revision with "
+            "safetensors"
         )
     other = [n for n in names if n.endswith((".safetensors", ".gguf", ".h5"))]
     found = f"; found {', '.join(other[:4])}" if other else ""

@@ -1,19 +1,13 @@
 """Where the weights are in a model: `open_family` picks the family by the config, structure does the rest."""
 
-import torch
-
 from halfbit import registry
 from halfbit.errors import Unsupported
 from halfbit.family import Family, read_config
 from halfbit.reader import Reader
 
 
-def open_family(reader: Reader, dtype: torch.dtype = torch.float32) -> Family:
+def open_family(reader: Reader) -> Family:
     """The checkpoint's model, nothing loaded yet.
-
-    Args:
-        reader: the checkpoint.
-        dtype: floating-point dtype of what will be loaded.
 
     Raises:
         Unsupported: no family takes this config.
@@ -22,8 +16,8 @@ def open_family(reader: Reader, dtype: torch.dtype = torch.float32) -> Family:
     for name in registry.names("families"):
         module = registry.module("families", name)
         if module.matches(config):
-            return module.open_family(reader, config, dtype)
+            return module.open_family(reader, config)
     raise Unsupported(
-        f"{reader.files}: no family takes model_type {config.model_type!r}; known: {', '.join(registry.names('families'))} "
-        "(decoder-only models that generate text, and Switch Transformers)"
+        f"{reader.files}: no family takes model_type {config.model_type!r}; known: "
+        f"{', '.join(registry.names('families'))} (decoder-only models that generate text, and Switch Transformers)"
     )

@@ -1,6 +1,5 @@
 """Decoder-only models that generate text, dense and mixtures of experts, all found by structure."""
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -14,13 +13,13 @@ def matches(config: PreTrainedConfig) -> bool:
     return not config.is_encoder_decoder
 
 
-def open_family(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype) -> Family:
+def open_family(reader: Reader, config: PreTrainedConfig) -> Family:
     """The checkpoint as this family."""
-    return Decoder(reader, config, dtype)
+    return Decoder(reader, config)
 
 
 class Decoder(Family):
-    """One stack of blocks; inputs are `input_ids` [batch, length] and what else the model's forward takes."""
+    """One stack of blocks; it ends with logits."""
 
     builder = AutoModelForCausalLM
 
