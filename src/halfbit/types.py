@@ -120,6 +120,10 @@ class Codec(Protocol):
         """Matrices of equal width, one above another, as one; equals encoding the tall matrix."""
         ...
 
+    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
+        """Rows `start` to `stop` as a matrix of their own, without decoding."""
+        ...
+
     def runtime(self, packed: Packed) -> list[Tensor]:
         """What `product` needs: the stored tensors and what is derived from them (offsets), in a fixed order."""
         ...

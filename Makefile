@@ -1,0 +1,38 @@
+# Two commands from a clone: `make demo` compresses a small trained model and runs it, `make test` runs the tests.
+# Both make a virtual environment in .venv from requirements.lock; a C++ compiler is used where there is one.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find src -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/installed
+	$(RUN) examples/demo.py
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff format --check src tests bench examples
+	$(VENV)/bin/ruff check src tests bench examples
+	$(VENV)/bin/pyright
+	$(RUN) -m pytest -q -m 'not slow'
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format src tests bench examples
+	$(VENV)/bin/ruff check --fix src tests bench examples
+
+bench: $(VENV)/installed
+	$(RUN) bench/products.py
+
+# pip, not its build isolation: the lock file also pins what the extension is built with
+$(VENV)/installed: requirements.lock $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-output

@@ -1,0 +1,291 @@
+"""From text to token samples, and QMoE's list buffer that carries their activations from block to block.
+
+The buffer is one contiguous CPU tensor with a view per sample (QMoE, section 3.2): blocks run sample by sample, experts
+gather their tokens from all samples in one vectorised read, and device memory follows one block and one group of experts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbit.errors import CalibrationError
+
+# T5's span corruption (Raffel et al. 2020, section 3.1.4), as QMoE uses it
+NOISE_DENSITY = 0.15
+MEAN_SPAN = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One calibration or evaluation sample.
+
+    Attributes:
+        ids: int64 `[length]`, what the (only, or first) stack reads.
+        keep: bool `[length]`, the tokens that may enter a Hessian.
+        decoder_ids, decoder_keep: the same for the decoder of an encoder-decoder model.
+        labels: int64, what the decoder should say (encoder-decoder models only).
+    """
+
+    ids: Tensor
+    keep: Tensor
+    decoder_ids: Tensor | None = None
+    decoder_keep: Tensor | None = None
+    labels: Tensor | None = None
+
+    def unmasked(self) -> "Sample":
+        """The same sample with every token in the Hessians."""
+        every = None if self.decoder_keep is None else torch.ones_like(self.decoder_keep)
+        return replace(self, keep=torch.ones_like(self.keep), decoder_keep=every)
+
+
+# --- text
+
+
+def read_text(source: str) -> list[str]:
+    """Documents of a calibration or test source.
+
+    A text file is one document; a `.jsonl` file has one document a line, under "text"; anything else is a dataset
+    name for the `datasets` library, written `name`, `name:split` or `name:config:split`, with a column "text".
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return list(_jsonl(path))
+    if path.is_file():
+        try:
+            return [path.read_text("utf-8")]
+        except UnicodeDecodeError as e:
+            raise CalibrationError(f"{source}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first") from e
+    if path.suffix in (".txt", ".jsonl") or path.exists():
+        raise CalibrationError(f"{source}: no such text file; give a text file, a .jsonl file or a dataset name")
+    return _dataset(source)
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise CalibrationError(f"{path}, line {number}: not JSON ({e.msg})") from e
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise CalibrationError(f'{path}, line {number}: expected an object with a string "text"')
+            yield row["text"]
+
+
+def _dataset(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as e:
+        raise CalibrationError(
+            f"{source}: is no file, and data sets by name need the datasets library: pip install 'halfbit[datasets]'"
+        ) from e
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else "train"
+    try:
+        rows: Any = datasets.load_dataset(name, *rest[:-1], split=split)
+    except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as e:
+        raise CalibrationError(f"{source}: neither a file nor a data set that could be loaded: {e}") from e
+    if "text" not in rows.column_names:
+        raise CalibrationError(f'{source}: the data set has no column "text" but {", ".join(rows.column_names)}')
+    return list(rows["text"])
+
+
+def fingerprint(documents: list[str]) -> str:
+    """SHA-256 over the documents, to tell whether a run is continued with the same text."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.encode("utf-8") + b"\0")
+    return digest.hexdigest()
+
+
+# --- tokens
+
+
+def tokenize(tokenizer: Any, documents: list[str]) -> Tensor:
+    """All documents as one int64 row of tokens, without special tokens, an end-of-text token between documents."""
+    rows = [torch.tensor(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64) for d in documents]
+    if len(rows) > 1 and tokenizer.eos_token_id is not None:
+        end = torch.tensor([tokenizer.eos_token_id])
+        rows = [part for row in rows for part in (row, end)]
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+
+def windows(tokens: Tensor, samples: int, length: int, seed: int = -1, *, origin: str = "text") -> Tensor:
+    """int64 `[samples, length]`: the first windows that do not overlap (seed -1), or a draw among them."""
+    have = len(tokens) // length
+    if have < samples:
+        raise CalibrationError(
+            f"{origin}: asked for {samples} samples of {length} tokens, got text for {have} ({len(tokens)} tokens); "
+            f"give more text, or ask for --samples {max(have, 1)} or a shorter --sequence-length"
+        )
+    rows = tokens[: have * length].view(have, length)
+    if seed < 0:
+        return rows[:samples].clone()
+    chosen = torch.randperm(have, generator=torch.Generator().manual_seed(seed))[:samples]
+    return rows[chosen]
+
+
+def causal_samples(rows: Tensor, special_ids: list[int]) -> list[Sample]:
+    """Samples of a decoder-only model; special tokens are kept out of the Hessians."""
+    special = torch.tensor(sorted(special_ids), dtype=torch.int64)
+    return [Sample(row, ~torch.isin(row, special)) for row in rows]
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """What T5-like models are trained on: spans of the text are cut out, sentinels mark the places."""
+
+    sentinels: tuple[int, ...]
+    """Ids of <extra_id_0>, <extra_id_1>, ... in this order."""
+    start: int
+    """First decoder token."""
+    end: int
+    """End-of-sequence id that closes the encoder's text."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: Any) -> "SpanCorruption":
+        vocabulary = tokenizer.get_vocab()
+        found = []
+        while f"<extra_id_{len(found)}>" in vocabulary:
+            found.append(vocabulary[f"<extra_id_{len(found)}>"])
+        if len(found) < 2 or config.decoder_start_token_id is None or config.eos_token_id is None:
+            raise CalibrationError(
+                "span corruption needs <extra_id_0>, <extra_id_1>, ... in the tokenizer and decoder_start_token_id and "
+                f"eos_token_id in config.json; got {len(found)} sentinels"
+            )
+        return cls(tuple(found), config.decoder_start_token_id, config.eos_token_id)
+
+    def samples(self, rows: Tensor, seed: int) -> list[Sample]:
+        generator = torch.Generator().manual_seed(max(seed, 0))
+        return [self._sample(row, generator) for row in rows]
+
+    def _sample(self, row: Tensor, generator: torch.Generator) -> Sample:
+        """Corrupt one window. The tokens masked from the Hessians are QMoE's: the encoder's sentinels, and in the
+        decoder every token directly before a sentinel and the last one, because they predict sentinels."""
+        noise = _noise_mask(len(row), len(self.sentinels) - 1, generator)
+        starts = noise & ~torch.cat([torch.zeros(1, dtype=torch.bool), noise[:-1]])
+        span = torch.cumsum(starts, 0) - 1
+        sentinel = torch.tensor(self.sentinels)
+        encoder = torch.where(starts, sentinel[span.clamp(min=0)], row)[~noise | starts]
+        encoder = torch.cat([encoder, torch.tensor([self.end])])
+        pieces = [part for s in range(int(starts.sum())) for part in (sentinel[s : s + 1], row[noise & (span == s)])]
+        labels = torch.cat([*pieces, sentinel[int(starts.sum())][None]])
+        decoder = torch.cat([torch.tensor([self.start]), labels[:-1]])
+        return Sample(
+            ids=encoder,
+            keep=~torch.isin(encoder, sentinel),
+            decoder_ids=decoder,
+            decoder_keep=~torch.isin(labels, sentinel),
+            labels=labels,
+        )
+
+
+def _noise_mask(length: int, most_spans: int, generator: torch.Generator) -> Tensor:
+    """bool `[length]`: T5's random_spans_noise_mask, which starts with text and ends with noise."""
+    noise = min(max(round(length * NOISE_DENSITY), 1), length - 1)
+    spans = min(max(round(noise / MEAN_SPAN), 1), noise, length - noise, most_spans)
+
+    def lengths(total: int) -> Tensor:
+        cuts = torch.randperm(total - 1, generator=generator)[: spans - 1].sort().values + 1
+        edges = torch.cat([torch.tensor([0]), cuts, torch.tensor([total])])
+        return edges.diff()
+
+    runs = torch.stack([lengths(length - noise), lengths(noise)], dim=1).flatten()
+    return torch.repeat_interleave(torch.tensor([False, True]).repeat(spans), runs)
+
+
+# --- activations
+
+
+@dataclass(eq=False)
+class Activations:
+    """QMoE's list buffer. Accumulates: rows are appended once per block and overwritten in place by the next.
+
+    Attributes:
+        buffer: `[tokens, width]` on the CPU, the rows of all samples one after another.
+        starts: where each sample begins; one more entry than samples.
+        keep: bool `[tokens]`, the rows that may enter a Hessian.
+    """
+
+    buffer: Tensor
+    starts: list[int]
+    keep: Tensor
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def view(self, batch: range) -> Tensor:
+        """Samples of equal length as a `[samples, length, width]` view of the buffer."""
+        rows = self.buffer[self.starts[batch.start] : self.starts[batch.stop]]
+        return rows.view(len(batch), -1, rows.shape[-1])
+
+    def batches(self, tokens: int) -> list[range]:
+        """Runs of neighbouring samples of equal length, at most `tokens` tokens (one sample at least) each."""
+        found: list[range] = []
+        lengths = [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
+        for i, length in enumerate(lengths):
+            last = found[-1] if found else None
+            if last and lengths[last.start] == length and (len(last) + 1) * length <= tokens:
+                found[-1] = range(last.start, i + 1)
+            else:
+                found.append(range(i, i + 1))
+        return found
+
+
+@dataclass(eq=False)
+class Routed:
+    """What one experts module was given: a list buffer with routing. Accumulates batch by batch while a block runs.
+
+    Attributes (after `close`):
+        hidden: `[rows, width]` CPU; the rows that at least one expert takes.
+        index, weights: `[rows, top_k]`, the experts of each row and how much they count; outside [0, experts) = none.
+        keep: bool `[rows]`, the rows that may enter a Hessian.
+    """
+
+    num_experts: int
+    hidden: Tensor = field(init=False)
+    index: Tensor = field(init=False)
+    weights: Tensor = field(init=False)
+    keep: Tensor = field(init=False)
+    _parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _places: list[tuple[Tensor, int]] = field(default_factory=list)
+    _order: Tensor = field(init=False)
+    _starts: list[int] = field(init=False)
+
+    def add(self, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> None:
+        """One call of the module; `keep` `[tokens]` repeats over `hidden`'s rows where a module is given every token
+        once per expert (Llama 4)."""
+        rows = ((index >= 0) & (index < self.num_experts)).any(dim=1).nonzero().squeeze(1)
+        self._places.append((rows.cpu(), hidden.shape[0]))
+        self._parts.append(
+            (hidden[rows].cpu(), index[rows].cpu(), weights[rows].cpu(), keep[rows.cpu() % keep.shape[0]])
+        )
+
+    def close(self) -> "Routed":
+        self.hidden, self.index, self.weights, self.keep = (torch.cat(p) for p in zip(*self._parts, strict=True))
+        self._parts.clear()
+        expert, self._order = torch.sort(self.index.reshape(-1), stable=True)
+        self._starts = torch.searchsorted(expert, torch.arange(self.num_experts + 1)).tolist()
+        return self
+
+    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Rows that the router sends to `expert`, in order, and how much the expert counts for each, float `[rows]`."""
+        taken = self._order[self._starts[expert] : self._starts[expert + 1]]
+        return taken // self.index.shape[1], self.weights.reshape(-1)[taken]
+
+    def replay(self, outputs: Tensor) -> Iterator[Tensor]:
+        """`outputs` `[rows, width]` cut into what each recorded call should have returned."""
+        done = 0
+        for rows, total in self._places:
+            part = outputs.new_zeros(total, outputs.shape[1])
+            part[rows] = outputs[done : done + len(rows)]
+            done += len(rows)
+            yield part

@@ -1,0 +1,284 @@
+"""The command line: compress, eval, generate, inspect, verify. It parses, calls the library and shows; no logic of its own.
+
+Results go to stdout (as tables, or as JSON with --json), progress and messages to stderr. Exit codes: 0 done, 1 verify
+found damage, 2 the input is at fault.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from threading import Thread
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from halfbit import native, recipe as recipes
+from halfbit.compress import Began, BlockBegan, Event, Finished, Noticed, Solved, load_tokenizer
+from halfbit.compress import compress as run_compress
+from halfbit.errors import HalfbitError, Unsupported
+from halfbit.evaluate import evaluate, load_model
+from halfbit.folder import Problem
+from halfbit.folder import inspect as inspect_folder
+from halfbit.folder import verify as verify_folder
+
+app = typer.Typer(
+    help="Compress large language models until they fit the hardware you have, and run them compressed.",
+    epilog="First steps: halfbit compress MODEL OUT --calibration TEXT, then halfbit generate OUT --prompt 'Once'.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Folder = Annotated[str, typer.Argument(help="Folder that halfbit compress wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+
+
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors of the input become one message and exit code 2, without a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except HalfbitError as e:
+            err.print(f"halfbit: {type(e).__name__}: {e}", style="bold red", markup=False, highlight=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print("halfbit: interrupted; the same command continues after the last finished block", markup=False)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda", "auto"):
+        raise Unsupported(f"--device: expected cpu, cuda or auto, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@app.command()
+@told
+def compress(
+    model: Annotated[str, typer.Argument(help="Model folder with safetensors, or hub id such as Qwen/Qwen3-30B-A3B.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an interrupted run in it is continued.")],
+    recipe: Annotated[str, typer.Option(help=f"Name ({', '.join(recipes.names())}) or TOML file.")] = "qmoe",
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file, .jsonl with 'text', or data set 'name:config:split'.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples. [recipe: 128]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sample. [the model's, at most 2048]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw samples with this seed. [the text's first, in order]")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compress MODEL into the folder OUT, which transformers then loads and runs compressed.
+
+    Blocks are solved one after another; memory follows one block and one group of experts. Stopped with Ctrl-C or killed,
+    the same command continues.
+
+    Example: halfbit compress examples/tiny-moe out --calibration examples/tiny-moe/calibration.txt
+    """
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
+    show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
+    report = inspect_folder(folder)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show_report(report)
+
+
+def show_progress(events: Any) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("reading", total=None)
+        event: Event
+        for event in events:
+            match event:
+                case Began(matrices=matrices, blocks=blocks, resumed=resumed):
+                    progress.update(task, total=matrices)
+                    if resumed:
+                        progress.console.print(f"continuing: {resumed} of {blocks} blocks are done", markup=False)
+                case BlockBegan(block=block, resumed=resumed):
+                    progress.update(task, description=f"{block}{' (read back)' if resumed else ''}")
+                case Solved():
+                    progress.advance(task)
+                case Noticed(message=message):
+                    progress.console.print(f"note: {message}", markup=False, highlight=False)
+                case Finished(folder=folder):
+                    progress.update(task, description="done", completed=progress.tasks[0].total)
+                    progress.console.print(f"written: {folder}", markup=False, highlight=False)
+
+
+@app.command("eval")
+@told
+def evaluate_command(
+    folder: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    text: Annotated[str, typer.Option(help="Text file, .jsonl with 'text', or data set name.")],
+    against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window. [the model's, at most 2048]")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the span corruption (encoder-decoder models).")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity and loss on a text; encoder-decoder models: loss by span corruption.
+
+    The text is tokenized as a whole without special tokens and cut into windows that do not overlap; the loss is the mean
+    cross-entropy over positions 2 to the end of each window.
+    """
+    result = evaluate(
+        folder,
+        text,
+        against=against,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        seed=seed,
+        device=_device(device),
+    ).as_dict()
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("figure", "value", title=str(folder))
+    for key, value in result.items():
+        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    out.print(table)
+
+
+@app.command()
+@told
+def generate(
+    folder: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt; tokens appear as they are made."""
+    from transformers import TextIteratorStreamer
+
+    where = _device(device)
+    model, tokenizer = load_model(folder, device=where), load_tokenizer(folder)
+    torch.manual_seed(seed)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
+    inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    inputs.pop("token_type_ids", None)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    worker = Thread(
+        target=model.generate, kwargs={**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    )
+    worker.start()
+    for piece in streamer:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    worker.join()
+    sys.stdout.write("\n")
+
+
+@app.command()
+@told
+def inspect(
+    folder: Annotated[str | None, typer.Argument(help="Folder that halfbit compress wrote.")] = None,
+    backends: Annotated[bool, typer.Option("--backends", help="Which kernels run here, and why others do not.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes and true bits by part, losses and calibration coverage per layer; or, with --backends, the kernels."""
+    if folder is None and not backends:
+        raise Unsupported("inspect: give a FOLDER, or --backends")
+    report: dict[str, Any] = inspect_folder(folder) if folder else {}
+    if backends:
+        report["backends"] = _backends()
+    if as_json:
+        print(json.dumps(report))
+        return
+    if backends:
+        table = Table("backend", "active", "because", title="kernels")
+        for name, (active, reason) in report["backends"].items():
+            table.add_row(name, "yes" if active else "no", reason)
+        out.print(table)
+    if folder:
+        _show_report(report)
+        _show_layers(report)
+
+
+def _backends() -> dict[str, tuple[bool, str]]:
+    found = native.extension is not None
+    return {
+        "reference (torch)": (True, "always there; used where no kernel is"),
+        "cpu (C++)": (found, f"instructions: {native.isa()}" if found else native.reason),
+        "cuda": (False, "no CUDA kernel yet; CUDA tensors use the reference"),
+    }
+
+
+def _show_report(report: dict[str, Any]) -> None:
+    table = Table("part", "bytes", "weights", "bits per weight", title=report["folder"])
+    for part, row in sorted(report["parts"].items(), key=lambda item: -item[1]["bytes"]):
+        table.add_row(part, f"{row['bytes']:,}", f"{row['weights']:,}", f"{row['bits_per_weight']:.3f}")
+    out.print(table)
+    bits = report["bits_per_expert_weight"]
+    out.print(f"all files: {report['total_bytes']:,} bytes; compressed experts: {bits:.4f} bits per weight, all included")
+
+
+def _show_layers(report: dict[str, Any]) -> None:
+    table = Table("experts", "projection", "mean loss", "worst loss", "bits", "tokens per expert", "below floor")
+    for path, layer in report["layers"].items():
+        cover = layer["coverage"]
+        spread = f"{min(cover['trained'])} to {max(cover['trained'])}" if cover else "none"
+        for projection, row in layer["projections"].items():
+            table.add_row(
+                path,
+                projection,
+                f"{row['mean_loss']:.4f}",
+                f"{row['worst_loss']:.4f}",
+                f"{row['bits_per_weight']:.3f}",
+                spread,
+                str(len(cover["below_floor"])) if cover else "-",
+            )
+    out.print(table)
+
+
+@app.command()
+@told
+def verify(folder: Folder, as_json: AsJson = False) -> None:
+    """Read every byte of a compressed folder and check every checksum and structural rule. Exit code 1 on damage."""
+    problems, whole = [], 0
+    for found in verify_folder(folder):
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            whole += 1
+    if as_json:
+        print(json.dumps({"tensors": whole, "problems": [{"where": p.where, "message": p.message} for p in problems]}))
+    else:
+        for problem in problems:
+            err.print(problem.message, style="bold red", markup=False, highlight=False)
+        out.print(f"{folder}: {whole} tensors whole, {len(problems)} problems", markup=False, highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

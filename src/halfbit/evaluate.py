@@ -1,0 +1,163 @@
+"""How good a compressed model is: perplexity or span-corruption loss on a text, and its distance from the original.
+
+Protocol: the text is tokenized as a whole without special tokens and cut into windows that do not overlap; the loss is
+the mean cross-entropy over positions 2 to the end of each window, the perplexity its exponent. Encoder-decoder models:
+every window is span-corrupted (15 % in spans of 3, a fixed seed) and the loss is the decoder's.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from halfbit.calibration import Sample, SpanCorruption, causal_samples, read_text, tokenize, windows
+from halfbit.compress import load_tokenizer
+from halfbit.errors import CalibrationError, CheckpointError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model on one text; the last three only with an original to compare with."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    seconds: float
+    tokens_per_second: float
+    kl_divergence: float | None = None
+    """Mean KL(original || compressed) per token, in nats."""
+    top1_agreement: float | None = None
+    original_loss: float | None = None
+    original_perplexity: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def load_model(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A model, compressed or not, in eval mode; float32 on a CPU by default, else the checkpoint's dtype."""
+    if not Path(source).exists() and "/" not in source:
+        raise CheckpointError(f"{source}: no such folder; give a model folder or a hub id such as org/name")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        dtype = dtype or (torch.float32 if device == "cpu" else config.dtype)
+        return auto.from_pretrained(source, dtype=dtype).to(device).eval()
+    except OSError as e:
+        raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e
+
+
+def evaluate(
+    source: str,
+    text: str,
+    *,
+    against: str | None = None,
+    sequence_length: int = 0,
+    max_tokens: int = 0,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    device: str = "cpu",
+) -> Evaluation:
+    """Evaluate the model at `source` on a text file (or .jsonl, or data set name).
+
+    Args:
+        against: the original, for KL divergence and top-1 agreement.
+        sequence_length: tokens per window; 0: the model's maximum, at most 2048.
+        max_tokens: of the text's beginning; 0: all of it.
+        seed: of the span corruption (encoder-decoder models only).
+    """
+    model = load_model(source, device=device)
+    original = load_model(against, device=device) if against else None
+    length = sequence_length or min(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 512, 2048)
+    tokenizer = load_tokenizer(source)
+    tokens = tokenize(tokenizer, read_text(text))
+    if max_tokens:
+        tokens = tokens[:max_tokens]
+    if len(tokens) < max(length, 2):
+        raise CalibrationError(
+            f"{text}: has {len(tokens)} tokens, less than one window of {length}; give more text or a smaller "
+            "--sequence-length"
+        )
+    rows = windows(tokens, len(tokens) // length, length, origin=text)
+    if model.config.is_encoder_decoder:
+        samples = SpanCorruption.of(tokenizer, model.config).samples(rows, seed)
+    else:
+        samples = causal_samples(rows, [])
+    return measure(model, samples, original=original, batch=max(1, batch_tokens // length), device=device)
+
+
+@torch.no_grad()
+def measure(
+    model: Any, samples: list[Sample], *, original: Any = None, batch: int = 16, device: str = "cpu"
+) -> Evaluation:
+    """Figures of `model` (and of `original` on the same samples) as the module's docstring defines them."""
+    sums = {"loss": 0.0, "original": 0.0, "kl": 0.0, "same": 0.0}
+    count, seconds = 0, 0.0
+    for group in _equal_shapes(samples, batch):
+        begin = time.perf_counter()
+        logits, labels = _logits(model, group, device)
+        seconds += time.perf_counter() - begin
+        sums["loss"] += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
+        if original is not None:
+            reference, _ = _logits(original, group, device)
+            sums["original"] += F.cross_entropy(reference, labels, reduction="sum").item()
+            p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+            sums["kl"] += F.kl_div(q, p, log_target=True, reduction="sum").item()
+            sums["same"] += (reference.argmax(-1) == logits.argmax(-1)).sum().item()
+    mean = {k: v / count for k, v in sums.items()}
+    compared = {}
+    if original is not None:
+        compared = {
+            "kl_divergence": mean["kl"],
+            "top1_agreement": mean["same"],
+            "original_loss": mean["original"],
+            "original_perplexity": math.exp(min(mean["original"], 700.0)),
+        }
+    total = sum(len(s.ids) for s in samples)
+    return Evaluation(
+        loss=mean["loss"],
+        perplexity=math.exp(min(mean["loss"], 700.0)),
+        tokens=count,
+        windows=len(samples),
+        sequence_length=len(samples[0].ids),
+        seconds=seconds,
+        tokens_per_second=total / seconds,
+        **compared,
+    )
+
+
+def _equal_shapes(samples: list[Sample], batch: int) -> list[list[Sample]]:
+    """Neighbours whose tensors can be stacked."""
+    groups: list[list[Sample]] = []
+    for sample in samples:
+        last = groups[-1] if groups else None
+        if last and len(last) < batch and _shape(last[0]) == _shape(sample):
+            last.append(sample)
+        else:
+            groups.append([sample])
+    return groups
+
+
+def _shape(sample: Sample) -> tuple[int, int]:
+    return len(sample.ids), 0 if sample.decoder_ids is None else len(sample.decoder_ids)
+
+
+def _logits(model: Any, group: list[Sample], device: str) -> tuple[Tensor, Tensor]:
+    """float32 logits `[tokens, vocabulary]` and what they should say, int64 `[tokens]`."""
+    ids = torch.stack([s.ids for s in group]).to(device)
+    if group[0].decoder_ids is None:
+        logits, labels = model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]
+    else:
+        decoder = torch.stack([s.decoder_ids for s in group if s.decoder_ids is not None]).to(device)
+        labels = torch.stack([s.labels for s in group if s.labels is not None]).to(device)
+        logits = model(input_ids=ids, decoder_input_ids=decoder, use_cache=False).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)

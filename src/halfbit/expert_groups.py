@@ -1,0 +1,203 @@
+"""A group of experts: their weights, the Hessians of the tokens that the router sends them, and their outputs.
+
+What a rarely used expert is solved with is the recipe's `coverage`. The pooled Hessian that it shrinks towards is that of
+tokens spread over the whole layer; for the output projection these tokens go through the expert's own input projection,
+since the neurons of two experts have nothing to do with each other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from halfbit.calibration import Routed
+from halfbit.errors import CoverageError
+from halfbit.experts import ExpertStack
+from halfbit.family import Family
+from halfbit.recipe import Coverage, Recipe, Rule
+from halfbit.solve.gptq import gptq
+from halfbit.solve.hessian import Hessian, shrink
+from halfbit.solve.rtn import rtn
+from halfbit.types import Solution
+
+# tokens that go through one expert at a time
+EXPERT_TOKENS = 8192
+# tokens of the layer that stand for all of them in a pooled Hessian
+POOLED_TOKENS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Some neighbouring experts of one module, float32 on the device.
+
+    Attributes:
+        names: one per expert, "module.path.17".
+        up, down: `[experts, out, in]`.
+        up_bias, down_bias: `[experts, out]` or None.
+        gate: between the two; post: after the second (a norm), or None.
+    """
+
+    experts: range
+    names: list[str]
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate: Callable[[Tensor], Tensor]
+    post: Callable[[Tensor], Tensor] | None
+
+    @classmethod
+    def read(cls, family: Family, stack: ExpertStack, module: nn.Module, experts: range, device: str) -> "Group":
+        """Weights by expert, straight from the shards."""
+
+        def weights(projections: tuple[str, ...]) -> Tensor:
+            parts = [family.expert_weights(stack, p, experts.start, experts.stop) for p in projections]
+            return torch.cat([p.to(device, torch.float32) for p in parts], dim=1)
+
+        def biases(projections: tuple[str, ...]) -> Tensor | None:
+            parts = [found[p].to(device, torch.float32) for p in projections if p in found]
+            return torch.cat(parts, dim=1) if parts else None
+
+        found = family.expert_biases(stack, experts.start, experts.stop)
+        return cls(
+            experts=experts,
+            names=[f"{stack.path}.{e}" for e in experts],
+            up=weights(stack.up),
+            down=weights((stack.down,)),
+            up_bias=biases(stack.up),
+            down_bias=biases((stack.down,)),
+            gate=stack.gate(module),
+            post=None if stack.post_norm is None else module.get_submodule(stack.post_norm),
+        )
+
+    def hidden(self, i: int, x: Tensor) -> Tensor:
+        """What the `i`-th expert's output projection is given for tokens `x` `[tokens, in]`."""
+        h = x @ self.up[i].T
+        return self.gate(h if self.up_bias is None else h + self.up_bias[i])
+
+    def output(self, i: int, x: Tensor) -> Tensor:
+        """The `i`-th expert's output for tokens `x`."""
+        y = self.hidden(i, x) @ self.down[i].T
+        y = y if self.down_bias is None else y + self.down_bias[i]
+        return y if self.post is None else self.post(y)
+
+    def add_outputs(self, routed: Routed, outputs: Tensor) -> None:
+        """Add every expert's weighted outputs for all of its tokens to `outputs` `[rows, width]`, in place."""
+        for i, expert in enumerate(self.experts):
+            rows, weights = routed.tokens_of(expert)
+            for chunk, weight in zip(rows.split(EXPERT_TOKENS), weights.split(EXPERT_TOKENS), strict=True):
+                y = self.output(i, routed.hidden[chunk].to(self.up)) * weight.to(self.up)[:, None]
+                outputs.index_add_(0, chunk, y.to(outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedGroup:
+    """What was decided: solutions by role ("up", "down"), one per expert; training tokens per expert; notices."""
+
+    up: list[Solution]
+    down: list[Solution]
+    tokens: list[int]
+    notices: list[str]
+
+
+def max_tokens(coverage: Coverage, routed: Routed) -> int:
+    """Cap of training tokens per expert (QMoE: four times the mean)."""
+    return max(1, int(coverage.max_tokens * routed.index.numel() / routed.num_experts))
+
+
+def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed | None) -> SolvedGroup:
+    """Solve the group's input projections, then its output projections.
+
+    `routed` is None when every rule rounds to nearest: then no Hessian is needed and the loss is under the identity.
+    """
+    notices: list[str] = []
+    if routed is None:
+        eye = [torch.eye(w.shape[2], device=w.device).expand(w.shape[0], -1, -1) for w in (group.up, group.down)]
+        up = _solve(group.up, eye[0], rules[0], recipe, group.names, notices)
+        down = _solve(group.down, eye[1], rules[1], recipe, group.names, notices)
+        return SolvedGroup(up, down, [0] * len(group.names), notices)
+
+    train = [_training_rows(routed, e, max_tokens(recipe.coverage, routed)) for e in group.experts]
+    tokens = [len(rows) for rows in train]
+    _check_coverage(recipe.coverage, group.names, tokens, notices)
+    pooled = routed.hidden[_spread(routed.keep)].to(group.up)
+
+    h = _hessians(group, train, routed, recipe.coverage, tokens, pooled, lambda _i, x: x)
+    up = _solve(group.up, h, rules[0], recipe, group.names, notices)
+    seen = group
+    if recipe.solving.true_sequential:
+        seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
+    h = _hessians(seen, train, routed, recipe.coverage, tokens, pooled, seen.hidden)
+    down = _solve(group.down, h, rules[1], recipe, group.names, notices)
+    return SolvedGroup(up, down, tokens, notices)
+
+
+def _training_rows(routed: Routed, expert: int, most: int) -> Tensor:
+    rows, _ = routed.tokens_of(expert)
+    return rows[routed.keep[rows]][:most]
+
+
+def _spread(keep: Tensor) -> Tensor:
+    """At most POOLED_TOKENS rows that may train, evenly spread over the layer's."""
+    rows = keep.nonzero().squeeze(1)
+    return rows[torch.linspace(0, max(len(rows) - 1, 0), min(POOLED_TOKENS, len(rows))).long()]
+
+
+def _check_coverage(coverage: Coverage, names: list[str], tokens: list[int], notices: list[str]) -> None:
+    for name, n in zip(names, tokens, strict=True):
+        if n >= coverage.floor:
+            continue
+        if coverage.undersampled == "fail":
+            raise CoverageError(
+                f"{name}: got {n} calibration tokens, the recipe wants at least {coverage.floor}; give more samples, "
+                'or set [coverage] undersampled = "shrink"',
+                tensor=name,
+                tokens=n,
+            )
+        notices.append(f"{name}: {n} calibration tokens, below {coverage.floor}: {coverage.undersampled}")
+
+
+def _hessians(
+    group: Group,
+    train: list[Tensor],
+    routed: Routed,
+    coverage: Coverage,
+    tokens: list[int],
+    pooled: Tensor,
+    view: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """`[experts, in, in]`: of each expert's own tokens, moved or replaced as the recipe's coverage says."""
+    width = view(0, pooled[:1]).shape[1]
+    own = Hessian(len(train), width, device=group.up.device)
+    for i, rows in enumerate(train):
+        for chunk in rows.split(EXPERT_TOKENS):
+            own.add(view(i, routed.hidden[chunk].to(group.up)), i)
+    if coverage.undersampled == "shrink":
+        everyone = Hessian(len(train), width, device=group.up.device)
+        for i in range(len(train)):
+            everyone.add(view(i, pooled), i)
+        return shrink(own.sum, own.tokens, everyone.sum, len(pooled), coverage.shrink_tokens)
+    h = own.sum
+    for i, n in enumerate(tokens):
+        if n < coverage.floor:
+            h[i] = torch.eye(width, device=h.device)
+    return h
+
+
+def _solve(
+    w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], notices: list[str]
+) -> list[Solution]:
+    assert rule.grid is not None
+    if rule.solver == "rtn":
+        return rtn(w, h, rule.grid, names=names)
+    solving = recipe.solving
+    return gptq(
+        w,
+        h,
+        rule.grid,
+        names=names,
+        damping=solving.damping,
+        block=solving.block,
+        on_repair=lambda r: notices.append(f"{r.name}: its Hessian needed repair: {r.action}, damping {r.damping:g}"),
+    )

@@ -1,0 +1,180 @@
+"""What a compressed folder holds, counted from its files, and whether it is whole.
+
+`inspect` counts bytes and true bits by part; `verify` reads every byte and checks every rule.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from halfbit import formats
+from halfbit.errors import FormatError, HalfbitError
+from halfbit.nn import stored_name
+from halfbit.types import Packed
+from halfbit.writer import INDEX, MANIFEST, checksum, read_manifest
+
+# first match wins; names as transformers gives them
+PARTS = (
+    ("experts", r"\.experts\."),
+    ("shared experts", r"shared_expert"),
+    ("attention", r"att(n|ention)"),
+    ("router", r"\.(gate|router|classifier)\."),
+    ("norms", r"norm|\.ln_"),
+    ("embeddings", r"embed|shared\.weight|wte|wpe"),
+    ("head", r"lm_head"),
+    ("dense feed-forward", r"\.(mlp|ff|fc\d?|wi|wo|layer)\b"),
+)
+
+
+def part_of(name: str) -> str:
+    """Which part of a model a stored tensor belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """Bytes and bits by part, losses and coverage per layer, all from the folder's files.
+
+    Returns:
+        "parts": part -> {"bytes", "weights", "bits_per_weight"}; "total_bytes" of all files; "bits_per_expert_weight"
+        over the compressed experts, metadata included; "layers": experts module -> mean loss, bits and coverage.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    weights = {
+        stored_name(path, projection, part): (prod(entry["shape"]) if number == 0 else 0)
+        for path, projections in manifest["packed"].items()
+        for projection, entry in projections.items()
+        for number, part in enumerate(entry["tensors"])
+    }
+    parts: dict[str, dict[str, float]] = {}
+    packed_bytes = 0
+    for name, tensor in manifest["tensors"].items():
+        row = parts.setdefault(part_of(name), {"bytes": 0, "weights": 0})
+        nbytes = prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize
+        row["bytes"] += nbytes
+        row["weights"] += weights.get(name, prod(tensor["shape"]))
+        packed_bytes += nbytes if name in weights else 0
+    for row in parts.values():
+        row["bits_per_weight"] = 8 * row["bytes"] / max(row["weights"], 1)
+    packed_weights = sum(weights.values())
+    return {
+        "folder": str(root),
+        "complete": manifest["complete"],
+        "about": manifest["about"],
+        "total_bytes": sum(f.stat().st_size for f in root.iterdir() if f.is_file()),
+        "parts": parts,
+        "expert_weights": packed_weights,
+        "bits_per_expert_weight": 8 * packed_bytes / packed_weights if packed_weights else None,
+        "layers": {path: _layer(manifest, path) for path in manifest["packed"]},
+    }
+
+
+def _layer(manifest: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, fact in manifest["matrices"].items():
+        if name.startswith(f"{path}."):
+            found.setdefault(name.rpartition(".")[2], []).append(fact)
+    projections = {
+        projection: {
+            "mean_loss": sum(f["loss"] for f in facts) / len(facts),
+            "worst_loss": max(f["loss"] for f in facts),
+            "bits_per_weight": sum(f["bits_per_weight"] for f in facts) / len(facts),
+        }
+        for projection, facts in found.items()
+    }
+    return {"projections": projections, "coverage": manifest["coverage"].get(path)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and with which tensor or file."""
+
+    where: str
+    message: str
+
+
+def verify(folder: str | Path) -> Iterator[Problem | str]:
+    """Check every file, every checksum and every structural rule of a compressed folder.
+
+    Yields:
+        the name of each tensor as it is found whole, or a Problem.
+    """
+    root = Path(folder)
+    try:
+        manifest = read_manifest(root)
+    except FormatError as e:
+        yield Problem(MANIFEST, str(e))
+        return
+    if not manifest["complete"]:
+        yield Problem(MANIFEST, f"{root}: the run that writes this folder has not finished; run compress again")
+        return
+    yield from _verify_lists(root, manifest)
+    by_file: dict[str, list[str]] = {}
+    for name, entry in manifest["tensors"].items():
+        by_file.setdefault(entry["file"], []).append(name)
+    for file, names in sorted(by_file.items()):
+        yield from _verify_file(root / file, names, manifest)
+
+
+def _verify_lists(root: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """config.json, the index and the folder must say what the manifest says."""
+    try:
+        config = json.loads((root / "config.json").read_text("utf-8"))
+        index = json.loads((root / INDEX).read_text("utf-8"))
+        packed, weight_map = config["quantization_config"]["modules"], index["weight_map"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        yield Problem("config.json", f"{root}: config.json or {INDEX} is missing or damaged: {e!r}")
+        return
+    if packed != manifest["packed"]:
+        yield Problem("config.json", "config.json: its packed modules are not those of the manifest")
+    if weight_map != {n: t["file"] for n, t in manifest["tensors"].items()}:
+        yield Problem(INDEX, f"{INDEX}: its weight map is not that of the manifest")
+    listed = {t["file"] for t in manifest["tensors"].values()}
+    for path in sorted(root.glob("*.safetensors")):
+        if path.name not in listed:
+            yield Problem(path.name, f"{path.name}: is not listed in the manifest; a loader may read it by mistake")
+
+
+def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iterator[Problem | str]:
+    try:
+        with safe_open(path, framework="pt") as f:
+            present = set(f.keys())
+            for name in names:
+                if name not in present:
+                    yield Problem(name, f"{path.name}: tensor {name} is missing")
+                    continue
+                tensor, entry = f.get_tensor(name), manifest["tensors"][name]
+                got = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+                if got != [entry["dtype"], entry["shape"]]:
+                    yield Problem(name, f"{name}: expected {entry['dtype']} {entry['shape']}, got {got[0]} {got[1]}")
+                elif checksum(tensor) != entry["sha256"]:
+                    yield Problem(name, f"{name}: checksum differs from the manifest's; the file {path.name} is damaged")
+                else:
+                    yield name
+            for extra in sorted(present - set(names)):
+                yield Problem(extra, f"{path.name}: tensor {extra} is not in the manifest")
+            yield from _verify_packed(f, present, manifest)
+    except (SafetensorError, OSError) as e:
+        yield Problem(path.name, f"{path.name}: cannot be read as safetensors ({e})")
+
+
+def _verify_packed(f: Any, present: set[str], manifest: dict[str, Any]) -> Iterator[Problem]:
+    for module, projections in manifest["packed"].items():
+        for projection, entry in projections.items():
+            stored = {part: stored_name(module, projection, part) for part in entry["tensors"]}
+            if not all(name in present for name in stored.values()):
+                continue  # lies in another file, or was named as missing
+            experts, out, columns = entry["shape"]
+            tensors = {part: f.get_tensor(name) for part, name in stored.items()}
+            try:
+                codec = formats.from_config(entry["codec"])
+                codec.check(Packed(codec, (experts * out, columns), tensors))
+            except HalfbitError as e:
+                yield Problem(f"{module}.{projection}", f"{module}.{projection}: {e}")

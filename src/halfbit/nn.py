@@ -1,0 +1,303 @@
+"""Modules that run from compressed weights, and the one custom op a Mixture-of-Experts layer is.
+
+`PackedMatrix` holds what a codec stored; `PackedExperts` takes the place of a transformers experts module. Nothing is
+expanded beyond what the codec's product expands: at most one expert's matrix on the reference path.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from halfbit import formats
+from halfbit.errors import FormatError
+from halfbit.experts import ExpertStack
+from halfbit.types import Codec, Packed
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class PackedMatrix(nn.Module):
+    """A stack of matrices `[experts, out, in]` in compressed form; the codec's parts are its buffers.
+
+    `prepare` derives what the kernels need (offsets) once the buffers are loaded; nothing derived is saved.
+    """
+
+    def __init__(self, codec: Codec, shape: tuple[int, int, int], parts: dict[str, tuple[torch.dtype, list[int]]]):
+        super().__init__()
+        self.codec, self.shape = codec, shape
+        self._stored = list(parts)
+        self._derived: list[str] = []
+        for name, (dtype, size) in parts.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+
+    @classmethod
+    def of(cls, packed: Packed, experts: int) -> "PackedMatrix":
+        """From a packed tall matrix `[experts * out, in]`."""
+        rows, columns = packed.shape
+        parts = {k: (t.dtype, list(t.shape)) for k, t in packed.tensors.items()}
+        with torch.device("meta"):
+            module = cls(packed.codec, (experts, rows // experts, columns), parts)
+        for name, tensor in packed.tensors.items():
+            setattr(module, name, tensor)
+        return module.prepare()
+
+    def packed(self) -> Packed:
+        experts, out, columns = self.shape
+        return Packed(self.codec, (experts * out, columns), {n: getattr(self, n) for n in self._stored})
+
+    def prepare(self) -> "PackedMatrix":
+        """Check the stored tensors and derive the kernels' operands. Raises FormatError on damage."""
+        packed = self.packed()
+        self.codec.check(packed)
+        self._derived.clear()
+        for number, tensor in enumerate(self.codec.runtime(packed)):
+            same = next((n for n in self._stored if getattr(self, n) is tensor), None)
+            if same is None:
+                same = f"runtime_{number}"
+                self.register_buffer(same, tensor, persistent=False)
+            self._derived.append(same)
+        return self
+
+    def operands(self) -> list[Tensor]:
+        """What the codec's product takes."""
+        if not self._derived:
+            raise FormatError("PackedMatrix: weights are not loaded yet; call prepare() after loading them")
+        return [getattr(self, n) for n in self._derived]
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        return self.codec.product(x, starts, self.operands(), self.shape[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
+        # model.half() or .to(bfloat16) must move the tensors but never change a stored bit
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
+
+    @property
+    def codec_config(self) -> str:
+        return json.dumps(formats.to_config(self.codec))
+
+    def extra_repr(self) -> str:
+        return f"{self.codec!r}, experts={self.shape[0]}, out={self.shape[1]}, in={self.shape[2]}"
+
+
+# --- gates: what happens between the two products, by name so that a traced op can carry it
+
+
+def _glu(name: str) -> Callable[..., Tensor]:
+    act = ACT2FN[name]
+
+    def gate(x: Tensor, *_: float) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return act(first) * second
+
+    return gate
+
+
+def _plain(name: str) -> Callable[..., Tensor]:
+    act = ACT2FN[name]
+    return lambda x, *_: act(x)
+
+
+def _clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
+    """gpt-oss: gate and up interleaved, clamped, (up + 1) * gate * sigmoid(alpha * gate)."""
+    gate, up = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu", "sigmoid", "tanh")
+GATES: dict[str, Callable[..., Tensor]] = {
+    **{f"glu:{name}": _glu(name) for name in _ACTIVATIONS},
+    **{f"plain:{name}": _plain(name) for name in _ACTIVATIONS},
+    "clamped-swiglu": _clamped_swiglu,
+}
+
+
+def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str, list[float]] | None:
+    """Which of GATES a module's own gate is, found by comparing values; None when it is another one."""
+    probe = torch.linspace(-9, 9, 4 * 30).view(4, 30)[:, torch.randperm(30, generator=torch.Generator().manual_seed(0))]
+    arguments = [float(getattr(module, k)) for k in ("alpha", "limit") if getattr(module, k, None) is not None]
+    with torch.no_grad():
+        expected = gate(probe)
+        for name, candidate in GATES.items():
+            if name == "clamped-swiglu" and len(arguments) != 2:
+                continue
+            found = candidate(probe, *arguments)
+            if found.shape == expected.shape and torch.equal(found, expected):
+                return name, arguments
+    return None
+
+
+# --- the layer
+
+
+def experts_forward(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    up: Product,
+    down: Product,
+    gate: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    post: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A Mixture-of-Experts layer over grouped products: sort tokens by expert, multiply, gate, multiply, weigh, sum.
+
+    Args:
+        hidden: `[tokens, width]`.
+        index, weights: `[tokens, top_k]`; an index outside [0, num_experts) takes no expert.
+        up, down: grouped products `(x sorted by expert, starts) -> y`.
+        up_bias, down_bias: `[experts, features]`.
+
+    Returns:
+        `[tokens, width]` in the dtype of `hidden`; expert outputs are summed in float32.
+    """
+    flat = index.reshape(-1)
+    expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    expert, order = torch.sort(expert, stable=True)
+    starts = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device))
+    taken = int(starts[-1])
+    expert, order = expert[:taken], order[:taken]
+    token = order // index.shape[1]
+
+    x = up(hidden[token], starts.cpu())
+    if up_bias is not None:
+        x = x + up_bias[expert].to(x.dtype)
+    y = down(gate(x).contiguous(), starts.cpu())
+    if down_bias is not None:
+        y = y + down_bias[expert].to(y.dtype)
+    if post is not None:
+        y = post(y)
+    y = y.to(torch.float32) * weights.reshape(-1)[order].to(torch.float32)[:, None]
+    total = torch.zeros(hidden.shape[0], y.shape[1], dtype=torch.float32, device=hidden.device)
+    return total.index_add_(0, token, y).to(hidden.dtype)
+
+
+@cache
+def _codec(text: str) -> Codec:
+    return formats.from_config(json.loads(text))
+
+
+@torch.library.custom_op("halfbit::experts", mutates_args=())
+def experts_op(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_codec: str,
+    down_codec: str,
+    num_experts: int,
+    features: list[int],
+    gate: str,
+    gate_arguments: list[float],
+) -> Tensor:
+    """`experts_forward` as one op, for torch.compile and as the place where a fused kernel goes.
+
+    `up_codec` and `down_codec` are configurations (JSON), `features` their output features per expert.
+    """
+    first, second = _codec(up_codec), _codec(down_codec)
+    return experts_forward(
+        hidden,
+        index,
+        weights,
+        num_experts,
+        up=lambda x, starts: first.product(x, starts, up, features[0]),
+        down=lambda x, starts: second.product(x, starts, down, features[1]),
+        gate=lambda x: GATES[gate](x, *gate_arguments),
+        up_bias=up_bias,
+        down_bias=down_bias,
+    )
+
+
+@experts_op.register_fake
+def _(hidden: Tensor, *_args: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+class PackedExperts(nn.Module):
+    """Takes the place of an experts module of transformers; same call, same result, compressed weights.
+
+    Args:
+        stack: what structure told about the original.
+        original: the module itself; its gate, biases and norm are used, its weights are not.
+        matrices: by the names that `stored_names(stack)` gives.
+    """
+
+    def __init__(self, stack: ExpertStack, original: nn.Module, matrices: dict[str, PackedMatrix]):
+        super().__init__()
+        self.stack = stack
+        self._up, self._down = stored_names(stack)
+        for name in (self._up, self._down):
+            self.add_module(packed_name(name), matrices[name])
+        self._biases = [[n for p in ps if (n := stack.biases[p]) is not None] for ps in (stack.up, (stack.down,))]
+        for name in (n for names in self._biases for n in names):
+            self.register_parameter(name, original.get_parameter(name))
+        if stack.post_norm is not None:
+            self.add_module(stack.post_norm, original.get_submodule(stack.post_norm))
+        # the original lives on in its gate, outside of this module's own weights
+        self._gate = stack.gate(original)
+        self._named_gate = name_gate(self._gate, original) if stack.post_norm is None else None
+
+    def matrix(self, name: str) -> PackedMatrix:
+        """The packed matrix of a projection."""
+        found = self.get_submodule(packed_name(name))
+        assert isinstance(found, PackedMatrix)
+        return found
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        hidden, index, weights = self.stack.route(args, kwargs)
+        up, down = self.matrix(self._up), self.matrix(self._down)
+        biases = [
+            torch.cat([self.get_parameter(n) for n in names], dim=-1) if names else None for names in self._biases
+        ]
+        experts = self.stack.num_experts
+        if self._named_gate is not None:
+            gate, numbers = self._named_gate
+            out = experts_op(
+                hidden,
+                index,
+                weights,
+                up.operands(),
+                down.operands(),
+                *biases,
+                up.codec_config,
+                down.codec_config,
+                experts,
+                [up.shape[1], down.shape[1]],
+                gate,
+                numbers,
+            )
+        else:
+            post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
+            out = experts_forward(hidden, index, weights, experts, up, down, self._gate, *biases, post)
+        given = args[0] if args else kwargs[self.stack.arguments[0]]
+        return out.view_as(given)
+
+
+def stored_names(stack: ExpertStack) -> tuple[str, str]:
+    """Names under which a stack's input and output projection are stored; gate and up kept apart become one."""
+    up = stack.up[0] if len(stack.up) == 1 else "_".join(stack.up)
+    return up, stack.down
+
+
+def packed_name(projection: str) -> str:
+    """Module that holds a projection's packed tensors. Not the projection's own name: transformers' weight conversions
+    match names by pattern, and `experts.down_proj.codewords` would be taken for a weight to split on saving."""
+    return f"{projection}_packed"
+
+
+def stored_name(path: str, projection: str, part: str) -> str:
+    """Name of a stored tensor, e.g. `model.layers.0.mlp.experts.down_proj_packed.codewords`."""
+    return f"{path}.{packed_name(projection)}.{part}"

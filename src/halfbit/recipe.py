@@ -1,0 +1,194 @@
+"""A recipe says what becomes of every weight: frozen dataclasses <-> TOML; rules by glob, the first match wins.
+
+    name = "qmoe"
+    [[rules]]
+    match = "*.experts.*"                    # module path and projection, e.g. model.layers.0.mlp.experts.down_proj
+    solver = "gptq"
+    grid = { name = "ternary" }
+    codec = { name = "qmoe", p0 = 0.885 }
+
+Weights that no rule matches, or whose rule has no codec, are stored as they were. The recipe that made a model lies in its
+folder as `recipe.toml`, with every default filled in.
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from halfbit import formats, grids
+from halfbit.errors import RecipeError, UnknownName
+from halfbit.types import Codec, Grid
+
+SOLVERS = ("gptq", "rtn")
+UNDERSAMPLED = ("shrink", "identity", "fail")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the matrices whose name matches `match` (shell glob over `module.path.projection`)."""
+
+    match: str
+    solver: str = "gptq"
+    grid: Grid | None = None
+    codec: Codec | None = None
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise UnknownName("solver", self.solver, list(SOLVERS))
+        if (self.grid is None) != (self.codec is None):
+            raise RecipeError(f"rule {self.match!r}: a grid needs a codec and a codec a grid; give both, or neither")
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How the solver runs. Defaults are QMoE's (Frantar & Alistarh 2023, section 3.2, and its code)."""
+
+    damping: float = 0.1
+    """Added to the Hessian's diagonal, in units of its mean."""
+    block: int = 128
+    """Columns solved before their error is spread over the rest."""
+    experts_per_batch: int = 16
+    true_sequential: bool = False
+    """Solve the output projection on inputs that come from the compressed input projection."""
+
+    def __post_init__(self):
+        if self.damping <= 0 or self.block < 1 or self.experts_per_batch < 1:
+            raise RecipeError(f"damping must be > 0, block and experts_per_batch >= 1; got {self}")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What happens to experts that few calibration tokens reach. Never silent: the coverage table lists them."""
+
+    undersampled: str = "shrink"
+    """shrink: every Hessian moves towards the layer's pooled one with weight n / (n + shrink_tokens);
+    identity: an expert below `floor` tokens is rounded to nearest, as QMoE does with unseen experts;
+    fail: an expert below `floor` tokens stops the run."""
+    shrink_tokens: float = 64.0
+    floor: int = 1
+    max_tokens: float = 4.0
+    """Cap of training tokens per expert, in units of the mean (QMoE: 4)."""
+
+    def __post_init__(self):
+        if self.undersampled not in UNDERSAMPLED:
+            raise RecipeError(f"undersampled must be one of {', '.join(UNDERSAMPLED)}; got {self.undersampled!r}")
+        if self.shrink_tokens <= 0 or self.floor < 1 or self.max_tokens <= 0:
+            raise RecipeError(f"shrink_tokens and max_tokens must be > 0, floor >= 1; got {self}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the model is shown while it is compressed."""
+
+    samples: int = 128
+    sequence_length: int = 0
+    """Tokens per sample; 0: the model's maximum, at most 2048."""
+    seed: int = -1
+    """-1: the first windows of the text in order, as QMoE; otherwise a draw of windows with this seed."""
+    mask_special: bool = True
+    """Keep special tokens, and those that predict them, out of the Hessians (QMoE, Table 2)."""
+
+    def __post_init__(self):
+        if self.samples < 1 or self.sequence_length < 0:
+            raise RecipeError(f"samples must be >= 1 and sequence_length >= 0 (0: automatic); got {self}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    rules: tuple[Rule, ...]
+    solving: Solving = field(default_factory=Solving)
+    coverage: Coverage = field(default_factory=Coverage)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def rule(self, matrix: str) -> Rule | None:
+        """The first rule that matches `module.path.projection`, or None: stored as it was."""
+        found = next((r for r in self.rules if fnmatchcase(matrix, r.match)), None)
+        return found if found is not None and found.codec is not None else None
+
+    def calibrated(self, **changes: Any) -> "Recipe":
+        """The recipe with some calibration fields replaced (what the command line gives wins over the file)."""
+        return replace(self, calibration=replace(self.calibration, **changes))
+
+    def to_toml(self) -> str:
+        table: dict[str, Any] = {"name": self.name, "rules": []}
+        for rule in self.rules:
+            row: dict[str, Any] = {"match": rule.match, "solver": rule.solver}
+            if rule.grid is not None and rule.codec is not None:
+                row |= {"grid": _without_none(grids.to_config(rule.grid))}
+                row |= {"codec": _without_none(formats.to_config(rule.codec))}
+            table["rules"].append(row)
+        table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration")}
+        return tomli_w.dumps(table)
+
+    @classmethod
+    def from_toml(cls, text: str, origin: str = "recipe") -> "Recipe":
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as e:
+            raise RecipeError(f"{origin}: not valid TOML: {e}") from e
+        sections = {"solving": Solving, "coverage": Coverage, "calibration": Calibration}
+        _only(table, {"name", "rules", *sections}, origin)
+        if not isinstance(table.get("rules"), list) or not table["rules"]:
+            raise RecipeError(f"{origin}: needs at least one [[rules]] table with match, solver, grid and codec")
+        rules = []
+        for number, row in enumerate(table["rules"], 1):
+            where = f"{origin}, rule {number}"
+            _only(row, {f.name for f in fields(Rule)}, where)
+            if not isinstance(row.get("match"), str):
+                raise RecipeError(f"{where}: needs match, a glob over module paths such as '*.experts.*'")
+            row = dict(row)
+            if "grid" in row:
+                row["grid"] = grids.from_config(row["grid"])
+            if "codec" in row:
+                row["codec"] = formats.from_config(row["codec"])
+            rules.append(Rule(**row))
+        parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in sections.items()}
+        return cls(name=str(table.get("name", origin)), rules=tuple(rules), **parts)
+
+
+def _without_none(config: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a field that is None (group: the whole row) is one that is left out."""
+    return {k: v for k, v in config.items() if v is not None}
+
+
+def _only(table: Any, allowed: set[str], where: str) -> None:
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: expected a table, got {type(table).__name__}")
+    unknown = sorted(set(table) - allowed)
+    if unknown:
+        raise RecipeError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
+
+
+def _section(kind: type, table: Any, where: str) -> Any:
+    assert is_dataclass(kind)
+    _only(table, {f.name for f in fields(kind)}, where)
+    for f in fields(kind):
+        value = table.get(f.name, f.default)
+        wanted = (int, float) if f.type is float else f.type
+        if isinstance(value, bool) != (f.type is bool) or not isinstance(value, wanted):  # bool is an int in Python
+            raise RecipeError(f"{where}: {f.name} must be {f.type.__name__}, got {value!r}")
+    return kind(**table)
+
+
+def names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in files("halfbit.recipes").iterdir() if p.name.endswith(".toml"))
+
+
+def load(name_or_file: str) -> Recipe:
+    """A recipe by name, or from a TOML file. Raises UnknownName with the known names, or RecipeError."""
+    if name_or_file in names():
+        text = files("halfbit.recipes").joinpath(f"{name_or_file}.toml").read_text("utf-8")
+        return Recipe.from_toml(text, name_or_file)
+    path = Path(name_or_file)
+    if path.is_file():
+        return Recipe.from_toml(path.read_text("utf-8"), str(path))
+    if path.suffix == ".toml":
+        raise RecipeError(f"recipe file {name_or_file} does not exist")
+    raise UnknownName("recipe", name_or_file, [*names(), "or a path to a .toml file"])

@@ -1,0 +1,156 @@
+"""Text to samples, span corruption, and the list buffer."""
+
+import json
+
+import pytest
+import torch
+
+from halfbit.calibration import Activations, Routed, SpanCorruption, _noise_mask, causal_samples, read_text, windows
+from halfbit.errors import CalibrationError
+
+
+def test_windows_are_the_first_of_the_text_in_order() -> None:
+    rows = windows(torch.arange(103), samples=4, length=20)
+    assert torch.equal(rows, torch.arange(80).view(4, 20))
+
+
+def test_a_seed_draws_the_same_windows_again_and_another_seed_others() -> None:
+    tokens = torch.arange(10_000)
+    first, again, other = (windows(tokens, 8, 10, seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert all(int(row[0]) % 10 == 0 and torch.equal(row, torch.arange(10) + row[0]) for row in first)
+    assert len(set(first[:, 0].tolist())) == 8
+
+
+def test_text_shorter_than_asked_is_an_error_that_says_how_much_there_is() -> None:
+    with pytest.raises(CalibrationError, match=r"book: asked for 5 samples of 20 tokens, got text for 4 \(99 tokens\)"):
+        windows(torch.arange(99), samples=5, length=20, origin="book")
+
+
+def test_jsonl_gives_its_texts_and_names_the_bad_line(tmp_path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n', "utf-8")
+    assert read_text(str(path)) == ["one", "two"]
+    path.write_text('{"text": "one"}\n{"body": "two"}\n', "utf-8")
+    with pytest.raises(CalibrationError, match="line 2"):
+        read_text(str(path))
+    path.write_text('{"text": "one"}\n{nonsense\n', "utf-8")
+    with pytest.raises(CalibrationError, match="line 2: not JSON"):
+        read_text(str(path))
+
+
+def test_a_missing_text_file_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"nowhere\.txt: no such text file"):
+        read_text("nowhere.txt")
+
+
+def test_special_tokens_stay_out_of_the_hessians() -> None:
+    (sample,) = causal_samples(torch.tensor([[5, 0, 7, 1, 0]]), [0, 1])
+    assert sample.keep.tolist() == [True, False, True, False, False]
+
+
+CORRUPTION = SpanCorruption(sentinels=tuple(range(900, 932)), start=1, end=2)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 64, 256, 511])
+def test_span_corruption_loses_no_token(length: int) -> None:
+    """Putting the decoder's spans back at the encoder's sentinels gives the text."""
+    row = torch.arange(10, 10 + length)
+    (sample,) = CORRUPTION.samples(row[None], seed=5)
+    assert sample.labels is not None
+    assert sample.decoder_ids is not None
+    spans: dict[int, list[int]] = {}
+    for token in sample.labels.tolist():
+        if token >= 900:
+            spans[token] = []
+        else:
+            spans[list(spans)[-1]].append(token)
+    assert sample.ids[-1] == CORRUPTION.end
+    back = [t for token in sample.ids[:-1].tolist() for t in (spans[token] if token >= 900 else [token])]
+    assert back == row.tolist()
+    assert list(spans) == list(range(900, 900 + len(spans)))  # the last one closes the text and is empty
+    assert spans[899 + len(spans)] == []
+    assert sample.decoder_ids.tolist() == [1, *sample.labels[:-1].tolist()]
+
+
+def test_span_corruption_cuts_fifteen_percent_in_spans_of_three() -> None:
+    masks = [_noise_mask(256, 31, torch.Generator().manual_seed(s)) for s in range(20)]
+    for mask in masks:
+        assert int(mask.sum()) == round(256 * 0.15)
+        assert int((mask & ~torch.cat([torch.zeros(1, dtype=torch.bool), mask[:-1]])).sum()) == 13
+    assert len({tuple(m.tolist()) for m in masks}) == 20
+
+
+def test_masked_are_the_sentinels_and_the_tokens_that_predict_them() -> None:
+    (sample,) = CORRUPTION.samples(torch.arange(10, 110)[None], seed=0)
+    assert sample.labels is not None
+    assert sample.decoder_keep is not None
+    assert torch.equal(sample.keep, sample.ids < 900)
+    assert torch.equal(sample.decoder_keep, sample.labels < 900)
+    assert not sample.decoder_keep[-1]
+
+
+def test_the_list_buffer_gives_views_of_one_tensor() -> None:
+    buffer = torch.arange(40.0).view(20, 2)
+    flow = Activations(buffer, [0, 4, 8, 12, 20], torch.ones(20, dtype=torch.bool))
+    assert flow.batches(8) == [range(0, 2), range(2, 3), range(3, 4)]
+    assert flow.batches(1) == [range(i, i + 1) for i in range(4)]
+    flow.view(range(1, 3)).fill_(-1)
+    assert (buffer[4:12] == -1).all()
+    assert (buffer[:4] >= 0).all()
+    assert (buffer[12:] >= 0).all()
+
+
+def test_routing_is_gathered_by_expert_and_replayed_in_place() -> None:
+    routed = Routed(num_experts=3)
+    first = torch.arange(8.0).view(4, 2)
+    routed.add(first, torch.tensor([[0, 2], [3, 3], [2, 1], [9, 0]]), torch.rand(4, 2), torch.tensor([1, 1, 0, 1]).bool())
+    routed.add(first + 100, torch.tensor([[-1, 1], [0, 1], [3, -1], [2, 0]]), torch.rand(4, 2), torch.ones(4).bool())
+    routed.close()
+    assert routed.hidden[:, 0].tolist() == [0, 4, 6, 100, 102, 106]  # rows that no expert takes are not kept
+    assert routed.keep.tolist() == [True, False, True, True, True, True]
+    for expert in range(3):
+        rows, weights = routed.tokens_of(expert)
+        at = (routed.index == expert).nonzero()
+        assert rows.tolist() == at[:, 0].tolist()
+        assert torch.equal(weights, routed.weights[at[:, 0], at[:, 1]])
+    one, two = routed.replay(routed.hidden * 10)
+    assert one.tolist() == [[0, 10], [0, 0], [40, 50], [60, 70]]
+    assert two.tolist() == [[1000, 1010], [1020, 1030], [0, 0], [1060, 1070]]
+
+
+def test_a_module_given_every_token_once_per_expert_masks_by_token() -> None:
+    """Llama 4 repeats the tokens for each expert; row r is token r modulo the number of tokens."""
+    routed = Routed(num_experts=2)
+    index = torch.tensor([[0], [2], [0], [2], [1], [1]])
+    routed.add(torch.rand(6, 2), index, torch.ones(6, 1), torch.tensor([True, False, False]))
+    assert routed.close().keep.tolist() == [True, False, False, False]
+
+
+def test_a_data_set_name_without_the_library_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"pip install 'halfbit\[datasets\]'"):
+        read_text("allenai/c4:en:train")
+
+
+def test_a_data_set_gives_its_text_column(monkeypatch) -> None:
+    asked = {}
+
+    class Rows(dict):
+        column_names = ("text",)
+
+    class Datasets:
+        class exceptions:  # noqa: N801
+            DatasetNotFoundError = FileNotFoundError
+
+        @staticmethod
+        def load_dataset(name, *config, split):
+            asked.update(name=name, config=config, split=split)
+            return Rows(text=["a", "b"])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Datasets)
+    assert read_text("allenai/c4:en:validation") == ["a", "b"]
+    assert asked == {"name": "allenai/c4", "config": ("en",), "split": "validation"}
+    assert json.dumps(read_text("wikitext")) == '["a", "b"]'
+    assert asked == {"name": "wikitext", "config": (), "split": "train"}

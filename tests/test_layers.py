@@ -1,0 +1,46 @@
+"""Imports point to lower layers only: who may know whom, as the README's file map says."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
+
+LAYERS = (
+    {"errors", "types", "native"},
+    {"registry", "bits", "config", "dequantize"},
+    {"grids", "reader", "writer", "experts"},
+    {"solve", "formats", "claims", "blocks"},
+    {"recipe", "family"},
+    {"families"},
+    {"calibration", "nn"},
+    {"flow", "expert_groups"},
+    {"compress", "folder"},
+    {"evaluate"},
+    {"hf"},
+    {"__init__", "cli"},
+)
+# packages whose members are found through the registry, which imports them by name when asked
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level parts of halfbit that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("halfbit"):
+            rest = node.module.split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("halfbit.")}
+    return found
+
+
+def test_imports_point_to_lower_layers() -> None:
+    wrong = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if own == "recipes":
+            continue
+        assert own in LEVEL, f"{own} has no layer; add it to LAYERS"
+        wrong += [f"{path.relative_to(SOURCE)} imports {i}" for i in imports(path) - {own} if LEVEL[i] >= LEVEL[own]]
+    assert not wrong

@@ -1,0 +1,86 @@
+"""Recipes: what they say is what is stored, and nonsense is refused with its place."""
+
+import re
+
+import pytest
+
+from halfbit import recipe
+from halfbit.errors import HalfbitError, RecipeError, UnknownName
+from halfbit.recipe import Recipe
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_recipe_survives_being_written_with_all_defaults(name: str) -> None:
+    first = recipe.load(name)
+    text = first.to_toml()
+    assert Recipe.from_toml(text) == first
+    for filled_in in ("damping", "experts_per_batch", "undersampled", "shrink_tokens", "mask_special", "seed"):
+        assert f"{filled_in} = " in text
+
+
+def test_the_named_recipes() -> None:
+    assert recipe.names() == ["qmoe", "qmoe-2bit", "rtn-ternary"]
+    rule = recipe.load("qmoe").rule("model.layers.0.mlp.experts.down_proj")
+    assert rule is not None
+    assert (rule.solver, repr(rule.grid), repr(rule.codec)) == ("gptq", "Ternary(dtype='bfloat16')", "QMoE(p0=0.885)")
+    assert recipe.load("qmoe").rule("model.layers.0.self_attn.q_proj") is None
+    assert recipe.load("qmoe").rule("model.layers.0.mlp.shared_experts.down_proj") is None
+
+
+def test_the_first_matching_rule_wins_and_a_rule_without_codec_keeps() -> None:
+    text = """
+    rules = [
+      { match = "model.layers.0.*" },
+      { match = "*.experts.*", solver = "rtn", grid = { name = "ternary" }, codec = { name = "qmoe" } },
+    ]
+    """
+    found = Recipe.from_toml(text)
+    assert found.rule("model.layers.0.mlp.experts.down_proj") is None
+    assert found.rule("model.layers.1.mlp.experts.down_proj") is found.rules[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name = 3 =", "not valid TOML"),
+        ("name = 'x'", "needs at least one"),
+        ("rules = [{ match = '*', bits = 3 }]", "unknown field 'bits'"),
+        ("rules = [{ solver = 'gptq' }]", "needs match"),
+        ("rules = [{ match = '*', grid = { name = 'ternary' } }]", "a grid needs a codec"),
+        ("rules = [{ match = '*' }]\n[solving]\ndamping = -1.0", "damping must be > 0"),
+        ("rules = [{ match = '*' }]\n[solving]\nblock = 'big'", "block must be int"),
+        ("rules = [{ match = '*' }]\n[solving]\ntrue_sequential = 1", "true_sequential must be bool"),
+        ("rules = [{ match = '*' }]\n[coverage]\nundersampled = 'zero'", "undersampled must be one of"),
+        ("rules = [{ match = '*' }]\n[calibration]\nsamples = 0", "samples must be >= 1"),
+        ("rules = [{ match = '*' }]\nspeed = 'fast'", "unknown field 'speed'"),
+    ],
+)
+def test_nonsense_is_refused(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        Recipe.from_toml(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules = [{ match = '*', grid = { name = 'ternary' }, codec = { name = 'os' } }]",
+        "rules = [{ match = '*', grid = { name = 'sys' }, codec = { name = 'qmoe' } }]",
+        "rules = [{ match = '*', solver = 'magic' }]",
+    ],
+)
+def test_names_are_looked_up_among_the_registered_never_imported(text: str) -> None:
+    with pytest.raises(UnknownName, match="known: "):
+        Recipe.from_toml(text)
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownName, match="qmoe, qmoe-2bit, rtn-ternary"):
+        recipe.load("qmo")
+    with pytest.raises(HalfbitError, match=r"my\.toml does not exist"):
+        recipe.load("my.toml")
+
+
+def test_a_recipe_file(tmp_path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.load("qmoe").to_toml().replace("damping = 0.1", "damping = 0.01"), "utf-8")
+    assert recipe.load(str(path)).solving.damping == 0.01
