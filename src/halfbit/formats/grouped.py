@@ -81,8 +81,11 @@ class Grouped:
                     f"got {got.dtype} {list(got.shape)}",
                     tensor=part,
                 )
-        if not torch.isfinite(packed.tensors["scale"]).all():
-            raise FormatError("grouped: a scale is NaN or infinite; the file is damaged", tensor="scale")
+        # a bit flip in the exponent gives a scale that is finite while its multiples are not
+        if not torch.isfinite(packed.tensors["scale"].float() * (1 << self.bits)).all():
+            raise FormatError(
+                "grouped: a scale is NaN, infinite or beyond the grid's range; the file is damaged", tensor="scale"
+            )
 
     def concatenate(self, parts: list[Packed]) -> Packed:
         columns = {part.shape[1] for part in parts}

@@ -56,8 +56,8 @@ def _feed_back(
 ) -> tuple[Tensor, list[Params]]:
     n = w.shape[2]
     group = grid.group or max(n, 1)
-    # [experts, in, out]: a column of weights is contiguous
-    W = w.mT.contiguous()
+    # [experts, in, out]: a column of weights is contiguous; a copy even where it is so already (one row)
+    W = w.mT.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
     params: list[Params] = []
     for start in range(0, n, block):

@@ -1,0 +1,187 @@
+"""What every grid, solver and codec must do. The registry is the test matrix: a new file is found and put through this.
+
+`test_grids.py`, `test_solvers.py` and `test_codecs.py` call these checks; VARIANTS lists more configurations than the
+default one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from halfbit import registry
+from halfbit.errors import FormatError, Unsupported
+from halfbit.solve.rtn import rtn
+from halfbit.types import Codec, Grid, Packed, Params, Solution
+
+VARIANTS: dict[str, list[dict]] = {
+    "ternary": [{}, {"dtype": "float32"}],
+    "affine": [
+        {},
+        {"bits": 3, "group": 16},
+        {"bits": 4, "group": 5, "symmetric": True},
+        {"bits": 8, "dtype": "float32"},
+        {"bits": 2, "symmetric": True, "dtype": "float32"},
+    ],
+    "qmoe": [{}, {"p0": 0.6}],
+    "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
+}
+
+
+def grids() -> list[Grid]:
+    return [registry.module("grids", n).GRID(**v) for n in registry.names("grids") for v in VARIANTS.get(n, [{}])]
+
+
+def codecs() -> list[Codec]:
+    return [registry.module("formats", n).CODEC(**v) for n in registry.names("formats") for v in VARIANTS.get(n, [{}])]
+
+
+# --------------------------------------------------------------------------------------------------------------- grids
+
+
+def hostile_rows() -> dict[str, Tensor]:
+    """Rows that break careless arithmetic, each `[rows, columns]`."""
+    random = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    return {
+        "random": random,
+        "constant": torch.full((1, 9), 0.3),
+        "negative constant": torch.full((1, 9), -0.3),
+        "zero": torch.zeros(2, 9),
+        "negative zero": -torch.zeros(1, 9),
+        "one column": torch.tensor([[1.5], [-2.0], [0.0]]),
+        "huge": torch.tensor([[3e38, -3e38, 1e38, 0.0], [3.4e38, 3.4e38, 3.4e38, 0.0]]),
+        "tiny": torch.tensor([[1e-38, -1e-38, 3e-39, 0.0], [1e-45, 0.0, 0.0, 0.0]]),
+        "mixed": torch.tensor([[3e38, 1e-38, -1.0, 0.0]]),
+        "positive": random.abs(),
+        "negative": -random.abs(),
+    }
+
+
+def all_points(grid: Grid, params: Params, shape: tuple[int, int]) -> Tensor:
+    """float64 `[codes, rows, columns]`: each value each weight could take. Codes of a grid are 0 to some largest."""
+    largest = getattr(grid, "largest_code", 2)
+    return torch.stack(
+        [grid.values(torch.full(shape, c, dtype=torch.uint8), params).double() for c in range(largest + 1)]
+    )
+
+
+def check_nearest_is_brute_force(grid: Grid, w: Tensor) -> None:
+    params = grid.fit(w)
+    points = all_points(grid, params, (w.shape[0], w.shape[1]))
+    assert torch.isfinite(points).all()
+    chosen = grid.values(grid.nearest(w, params), params).double()
+    best = (points - w.double()).abs().amin(0)
+    # float32 division may round a midpoint to either side, so a tie is a tie up to 2^-20 of the distance
+    assert ((chosen - w.double()).abs() <= best * (1 + 2**-20)).all()
+
+
+def check_every_code_maps_to_itself(grid: Grid, w: Tensor) -> None:
+    params = grid.fit(w)
+    for point in all_points(grid, params, (w.shape[0], w.shape[1])).float():
+        assert torch.equal(grid.values(grid.nearest(point, params), params).float(), point)
+
+
+# -------------------------------------------------------------------------------------------------------------- codecs
+
+
+def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Iterator[Solution]:
+    """One Solution for each grid that the codec stores; at least one."""
+    w = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed))
+    found = False
+    for grid in dict.fromkeys(grids() + _own_grid(codec)):
+        (solution,) = rtn(w, None, grid, names=["w"])
+        try:
+            codec.encode(solution)
+        except Unsupported:
+            continue
+        found = True
+        yield solution
+    assert found, f"{codec!r} stores none of the grids of conformance.VARIANTS; add one"
+
+
+def _own_grid(codec: Codec) -> list[Grid]:
+    grid = getattr(codec, "grid", None)
+    return [grid] if grid is not None else []
+
+
+def check_law(codec: Codec, solution: Solution) -> Packed:
+    """Decoding gives exactly what was encoded, and nothing but the listed tensors is stored."""
+    packed = codec.encode(solution)
+    codec.check(packed)
+    decoded = codec.decode(packed)
+    assert decoded.dtype == torch.float32
+    assert torch.equal(decoded, solution.dense())
+    assert tuple(packed.tensors) == codec.parts
+    assert packed.shape == solution.shape
+    return packed
+
+
+def check_rows_and_concatenate(codec: Codec, solution: Solution, cut: int) -> None:
+    """Cutting and putting together need no decoding and give the bytes of encoding directly."""
+    packed = codec.encode(solution)
+    upper, lower = codec.rows(packed, 0, cut), codec.rows(packed, cut, packed.shape[0])
+    assert torch.equal(codec.decode(upper), solution.dense()[:cut])
+    assert torch.equal(codec.decode(lower), solution.dense()[cut:])
+    above = codec.encode(
+        Solution(solution.grid, solution.codes[:cut], {k: v[:cut] for k, v in solution.params.items()})
+    )
+    for part in codec.parts:
+        assert torch.equal(upper.tensors[part], above.tensors[part])
+        assert torch.equal(codec.concatenate([upper, lower]).tensors[part], packed.tensors[part])
+
+
+def check_damage_never_crashes(codec: Codec, packed: Packed, seed: int = 0) -> int:
+    """Flip bits, cut tensors short, lose them: FormatError or another valid matrix. Returns the number of errors."""
+    errors = 0
+    for damaged in _damaged(packed, torch.Generator().manual_seed(seed)):
+        try:
+            decoded = codec.decode(damaged)
+        except FormatError:
+            errors += 1
+        else:
+            assert decoded.shape == packed.shape
+            assert torch.isfinite(decoded).all()
+    return errors
+
+
+def _damaged(packed: Packed, random: torch.Generator) -> Iterator[Packed]:
+    for part, tensor in packed.tensors.items():
+        if tensor.numel():
+            for _ in range(40):
+                flipped = tensor.clone().contiguous()
+                as_bytes = flipped.view(-1).view(torch.uint8)
+                at = int(torch.randint(as_bytes.numel(), (1,), generator=random))
+                as_bytes[at] ^= 1 << int(torch.randint(8, (1,), generator=random))
+                yield Packed(packed.codec, packed.shape, packed.tensors | {part: flipped})
+            yield Packed(packed.codec, packed.shape, packed.tensors | {part: tensor[:-1]})
+            yield Packed(packed.codec, packed.shape, packed.tensors | {part: tensor.to(torch.float64)})
+        yield Packed(packed.codec, packed.shape, {k: v for k, v in packed.tensors.items() if k != part})
+    rows, columns = packed.shape
+    for shape in [(rows + 1, columns), (rows - 1, columns), (rows, columns + 8), (rows, 0)]:
+        try:
+            packed.codec.decode(Packed(packed.codec, shape, packed.tensors))
+        except FormatError:
+            continue
+        raise AssertionError(f"{shape} was accepted for the tensors of a {packed.shape} matrix")
+
+
+def check_product(codec: Codec, solution: Solution, groups: int, tokens: list[int], dtype: torch.dtype) -> None:
+    """The error against float64 is at most twice that of torch's matmul in the dtype of x."""
+    w = solution.dense()
+    out = w.shape[0] // groups
+    random = torch.Generator().manual_seed(1)
+    # every second column of a wider tensor: not contiguous
+    x = torch.randn(sum(tokens), 2 * w.shape[1], generator=random).to(dtype)[:, ::2]
+    starts = torch.tensor([0, *tokens]).cumsum(0)
+    packed = codec.encode(solution)
+    y = codec.product(x, starts, codec.runtime(packed), out)
+    assert y.shape == (sum(tokens), out)
+    assert y.dtype == dtype
+    for g in range(groups):
+        rows, those = slice(g * out, (g + 1) * out), slice(int(starts[g]), int(starts[g + 1]))
+        exact = x[those].double() @ w[rows].double().T
+        plain = (x[those] @ w[rows].to(dtype).T).double()
+        if exact.numel():
+            # the second term is one rounding of the result, for sizes at which torch happens to be exact
+            allowed = 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            assert (y[those].double() - exact).abs().max() <= allowed
