@@ -245,9 +245,9 @@ def test_shrinking_moves_from_the_pooled_to_the_own_mean():
     h = torch.stack([4 * torch.eye(2), torch.zeros(2, 2), 900 * torch.eye(2)])
     tokens = torch.tensor([1, 0, 300])
     pooled = h.sum(0)
-    shrunk = shrink(h, tokens, pooled, 301, k=3)
+    shrunk = shrink(h, tokens, pooled, 301, k=3.0)
     mean = 904 / 301
     expected = [4 * 0.25 + mean * 0.75, mean, 3 * 300 / 303 + mean * 3 / 303]
     assert torch.allclose(shrunk[:, 0, 0], torch.tensor(expected))
-    assert torch.allclose(shrink(h, tokens, pooled, 301, k=0)[:, 0, 0], torch.tensor([4.0, mean, 3.0]))
-    assert not shrink(0 * h, 0 * tokens, 0 * pooled, 0, k=3).any()
+    assert torch.allclose(shrink(h, tokens, pooled, 301, k=0.0)[:, 0, 0], torch.tensor([4.0, mean, 3.0]))
+    assert not shrink(0 * h, 0 * tokens, 0 * pooled, 0, k=3.0).any()

@@ -11,8 +11,8 @@ def to_dict(value: Any) -> dict[str, Any]:
     return {"name": value.name, **asdict(value)}
 
 
-def name_of(config: dict[str, Any], kind: str) -> str:
-    """The name in `config`, before anything is looked up under it."""
+def name_of(config: Any, kind: str) -> str:
+    """The name in `config`, which comes from a file and may be anything."""
     name = config.get("name") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise FormatError(f"{kind}: expected an object with a name, got {config!r}")

@@ -15,7 +15,7 @@ def to_config(codec: Codec) -> dict[str, Any]:
     return configuration.to_dict(codec)
 
 
-def from_config(config: dict[str, Any]) -> Codec:
+def from_config(config: Any) -> Codec:
     """The codec that `to_config` described, from registered formats only. Raises UnknownName or FormatError."""
     name = configuration.name_of(config, "codec")
     return configuration.from_dict(registry.module("formats", name).CODEC, config)

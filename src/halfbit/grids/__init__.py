@@ -12,7 +12,7 @@ def to_config(grid: Grid) -> dict[str, Any]:
     return configuration.to_dict(grid)
 
 
-def from_config(config: dict[str, Any]) -> Grid:
+def from_config(config: Any) -> Grid:
     """The grid that `to_config` described. Raises UnknownName or FormatError."""
     name = configuration.name_of(config, "grid")
     return configuration.from_dict(registry.module("grids", name).GRID, config)

@@ -28,11 +28,15 @@ class Ternary:
     dtype: str = "bfloat16"
 
     name: ClassVar[str] = "ternary"
-    group: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"Ternary: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def group(self) -> None:
+        """The whole row has one pair of levels."""
+        return None
 
     def fit(self, w: Tensor) -> Params:
         """{"levels": [..., out, 2]}, low then high."""

@@ -142,7 +142,7 @@ def factor(
         part_factors, info = _factor_once(damp(part, damping))
         factors[start : start + at_once] = part_factors
         unseen = part.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
-        for i in torch.nonzero((info != 0) | unseen).flatten().tolist():
+        for i in map(int, torch.nonzero((info != 0) | unseen)):
             repaired, repair = _repair(part[i], damping, names[start + i], fallback, unseen=bool(unseen[i]))
             factors[start + i] = repaired
             repairs.append(repair)

@@ -165,19 +165,23 @@ def most_frequent_first(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         uint8 symbols `[rows, columns]`, and the bfloat16 values `[rows, 3]` that they stand for.
     """
-    low, high = levels[:, :1], levels[:, 1:]
-    # one symbol per value: a level of 0.0 (a row without negatives) is the symbol 0, equal levels are the symbol 1
-    codes = torch.where((codes == 2) & (high == low), 1, codes)
-    codes = torch.where((codes == 1) & (low == 0) | (codes == 2) & (high == 0), 0, codes).to(torch.uint8)
-    table = torch.cat([torch.zeros_like(low), levels], 1)
-    counts = torch.stack([(codes == s).sum(1) for s in range(3)], 1)
+    low, high = levels[:, 0], levels[:, 1]
+    # the symbol of each code, [rows, 3]: one per value, so a level of 0.0 (a row without negatives) is symbol 0
+    second = torch.where(high == 0, 0, torch.where(high == low, 1, 2))
+    symbol = torch.stack([torch.zeros_like(second), (low != 0).to(second.dtype), second], 1)
+    counts = torch.stack([(codes == code).sum(1) for code in range(3)], 1)
+    counts = torch.zeros_like(counts).scatter_add(1, symbol, counts)
     # 0.0 wins ties, then the lower symbol, so that equal matrices give equal bytes
     first = (3 * counts + torch.tensor([2, 1, 0], device=codes.device)).argmax(1, keepdim=True)
-    # exchange symbol 0 and symbol `first`; where they are the same nothing changes
-    symbols = torch.where(codes == 0, first.to(torch.uint8), torch.where(codes == first, 0, codes)).to(torch.uint8)
-    most = table.gather(1, first)
-    table = table.scatter(1, first, torch.zeros_like(most))
-    table[:, :1] = most
+    # exchange symbol 0 and symbol `first`
+    renamed = torch.where(symbol == 0, first, torch.where(symbol == first, 0, symbol))
+    values = torch.cat([torch.zeros_like(levels[:, :1]), levels], 1)
+    table = values.scatter(1, first, 0.0)
+    table[:, :1] = values.gather(1, first)
+    # nearly every row keeps its codes, and touching all weights would take longer than encoding them
+    changed = torch.nonzero((renamed != torch.arange(3, device=codes.device)).any(1)).flatten()
+    symbols = codes.clone()
+    symbols[changed] = renamed[changed].gather(1, codes[changed].to(torch.int64)).to(torch.uint8)
     return symbols, table
 
 

@@ -39,9 +39,9 @@ def _native(t: Tensor) -> bool:
 )
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `QMoE.runtime`."""
-    if _native(x):
-        return cpu.product(x, starts, *tensors, out_features)
-    return reference.product(x, starts, *tensors, out_features)
+    codewords, row_offsets, levels, entries = tensors
+    implementation = cpu if _native(x) else reference
+    return implementation.product(x, starts, codewords, row_offsets, levels, entries, out_features)
 
 
 @product.register_fake
