@@ -294,7 +294,7 @@ def _ignored(model: PreTrainedModel, reader: Reader, homeless: Mapping[str, str]
         if rule is None:
             raise UnclaimedWeight(
                 f"{name} {list(reader.shape(name))}: no module of {type(model).__name__} takes this tensor, and it "
-                "would be lost; use the config.json that belongs to these weights, or a transformers that knows this model",
+                "would be lost; use the config.json that belongs to these weights, or a newer transformers",
                 tensor=name,
             )
         claims[name] = Claim("ignored", rule)
