@@ -18,7 +18,8 @@ inline constexpr const char *isa_names[] = {"portable", "avx2", "avx512"};
 
 inline Isa best_isa() {
 #ifdef HALFBIT_X86
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi2");
     if (avx2 && __builtin_cpu_supports("avx512f")) return Isa::avx512;
     if (avx2) return Isa::avx2;
 #endif

@@ -13,7 +13,7 @@
 //
 // Three multiply-adds per codeword, without a branch, are all it takes for 22 weights: more in scalar code than decoding
 // into vector registers gives, which multiplies the zeros too. Vectors are spent on tokens: x is laid out column by
-// column, and one term multiplies up to 16 tokens at once. The work per weight stays below that of a dense product
+// column, and one term multiplies up to 32 tokens at once. The work per weight stays below that of a dense product
 // however many tokens there are, so there is no dense path. Two cases walk the symbols one by one instead: a row whose
 // symbol 0 is not 0.0, and a dictionary with more than three other symbols in a codeword.
 //
@@ -148,77 +148,86 @@ struct Lanes<1> {
     using type = float;
 };
 
-// One row times W tokens. x is [columns, W], padded with zeros as far as the codewords can reach; level has the values
-// of symbols 0..3, the last 0.0; sum is [W]. Returns the column at which the row ended.
+// One row times `width` tokens. x is [columns, width], padded with zeros as far as the codewords can reach; level has the
+// values of symbols 0..3, the last 0.0; sum is [width]. Returns the column at which the row ended.
 using RowProduct = int64_t (*)(const uint16_t *word, const uint16_t *end, const uint32_t *terms, const float *level,
                                const float *x, float *sum);
 
-template <int W>
+// The tokens lie in N vectors of W.
+template <int W, int N>
 [[gnu::always_inline]] inline int64_t row_product(const uint16_t *word, const uint16_t *end, const uint32_t *terms,
                                                   const float *level, const float *x, float *sum) {
     using Vector = typename Lanes<W>::type;
     const float *at = x;
-    const auto add = [&](uint16_t codeword, Vector *a) __attribute__((always_inline)) {
+    const auto add = [&](uint16_t codeword, Vector (*a)[N]) __attribute__((always_inline)) {
         const uint32_t packed = terms[codeword];
         for (int k = 0; k < 3; ++k) {
-            Vector column;
-            std::memcpy(&column, at + (packed >> 7 * k & 31) * W, sizeof column);
-            a[k] += level[packed >> (7 * k + 5) & 3] * column;
+            const float *column = at + (packed >> 7 * k & 31) * (W * N);
+            const float weight = level[packed >> (7 * k + 5) & 3];
+            for (int n = 0; n < N; ++n) {
+                Vector x_n;
+                std::memcpy(&x_n, column + W * n, sizeof x_n);
+                a[k][n] += weight * x_n;
+            }
         }
-        at += (packed >> 24) * W;
+        at += (packed >> 24) * (W * N);
     };
-    Vector total{};
+    Vector total[N] = {};
     while (word < end) {
         // Sums of 32 codewords, then the sum of those: less rounding than one long sum. Two codewords in flight, or the
         // additions to one accumulator would wait for each other.
         const uint16_t *stop = word + std::min<int64_t>(end - word, 32);
-        Vector a[3] = {}, b[3] = {};
+        Vector a[3][N] = {}, b[3][N] = {};
         for (; word + 1 < stop; word += 2) add(word[0], a), add(word[1], b);
         if (word < stop) add(*word++, a);
-        total += (a[0] + b[0]) + (a[1] + b[1]) + (a[2] + b[2]);
+        for (int n = 0; n < N; ++n) total[n] += (a[0][n] + b[0][n]) + (a[1][n] + b[1][n]) + (a[2][n] + b[2][n]);
     }
-    std::memcpy(sum, &total, sizeof total);
-    return (at - x) / W;
+    std::memcpy(sum, total, sizeof total);
+    return (at - x) / (W * N);
 }
 
-// The same for 2^i tokens, i = 0..4, in the instructions of one CPU; null where vectors are too short for it.
-struct Kernels {
-    RowProduct tokens1, tokens4, tokens8, tokens16;
-
-    int64_t width(int64_t tokens) const {
-        if (tokens == 1) return 1;
-        if (tokens <= 4 || !tokens8) return 4;
-        return tokens <= 8 || !tokens16 ? 8 : 16;
-    }
-    RowProduct of(int64_t width) const { return width == 1 ? tokens1 : width == 4 ? tokens4 : width == 8 ? tokens8 : tokens16; }
-};
-
-#define HALFBIT_ROW_PRODUCT(name, ...)                                                                                \
-    template <int W>                                                                                                  \
-    __VA_ARGS__ int64_t name(const uint16_t *word, const uint16_t *end, const uint32_t *terms, const float *level,    \
-                             const float *x, float *sum) {                                                            \
-        return row_product<W>(word, end, terms, level, x, sum);                                                       \
+#define HALFBIT_ROW_PRODUCT(name, ...)                                                                             \
+    template <int W, int N = 1>                                                                                    \
+    __VA_ARGS__ int64_t name(const uint16_t *word, const uint16_t *end, const uint32_t *terms, const float *level, \
+                             const float *x, float *sum) {                                                         \
+        return row_product<W, N>(word, end, terms, level, x, sum);                                                 \
     }
 
 HALFBIT_ROW_PRODUCT(portable, )
 #ifdef HALFBIT_X86
-HALFBIT_ROW_PRODUCT(avx2, [[gnu::target("avx2,fma")]])
-HALFBIT_ROW_PRODUCT(avx512, [[gnu::target("avx512f,avx2,fma")]])
+HALFBIT_ROW_PRODUCT(avx2, [[gnu::target("avx2,fma,bmi2")]])
+HALFBIT_ROW_PRODUCT(avx512, [[gnu::target("avx512f,avx2,fma,bmi2")]])
 #endif
 
-Kernels kernels(Isa isa) {
+constexpr int64_t widest = 32;
+
+// What one CPU offers, by rising width.
+struct Kernel {
+    int64_t width;
+    RowProduct row;
+};
+
+std::vector<Kernel> kernels(Isa isa) {
 #ifdef HALFBIT_X86
-    if (isa == Isa::avx512) return {avx512<1>, avx512<4>, avx512<8>, avx512<16>};
-    if (isa == Isa::avx2) return {avx2<1>, avx2<4>, avx2<8>, nullptr};
+    if (isa == Isa::avx512)
+        return {{1, avx512<1>}, {4, avx512<4>}, {8, avx512<8>}, {16, avx512<16>}, {32, avx512<16, 2>}};
+    if (isa == Isa::avx2) return {{1, avx2<1>}, {4, avx2<4>}, {8, avx2<8>}, {16, avx2<8, 2>}};
 #endif
     static_cast<void>(isa);
-    return {portable<1>, portable<4>, nullptr, nullptr};
+    return {{1, portable<1>}, {4, portable<4>}, {8, portable<4, 2>}};
+}
+
+// The narrowest kernel that takes all the tokens, or else the widest.
+Kernel fitting(const std::vector<Kernel> &kernels, int64_t tokens) {
+    for (const Kernel &kernel : kernels)
+        if (tokens <= kernel.width) return kernel;
+    return kernels.back();
 }
 
 // Symbol by symbol: any levels, any dictionary. The padding of the last pair meets the zero that x is padded with.
-int64_t row_product_by_symbol(const uint16_t *word, const uint16_t *end, const uint64_t *entries, const float *level,
-                              const float *x, int64_t width, float *sum) {
-    double total[16] = {};
+int64_t row_by_symbol(const uint16_t *word, const uint16_t *end, const uint64_t *entries, const float *level,
+                      const float *x, int64_t width, float *sum) {
+    double total[widest] = {};
     int64_t at = 0;
     for (; word < end; ++word)
         for (int64_t i = 0; i < length(entries[*word]); ++i, ++at)
@@ -239,16 +248,17 @@ Floats floats(int64_t count) {
     return Floats(static_cast<float *>(::operator new[](sizeof(float) * count, std::align_val_t{64})));
 }
 
-// Up to `width` tokens of one group, that go through its rows together.
+// Tokens of one group that go through its rows together.
 struct Pass {
-    int64_t group, first, tokens, width;
-    Floats x;  // [reach, width], zero where there is no column or no token
+    Kernel kernel;
+    int64_t group, first, tokens;
+    Floats x;  // [reach, kernel.width], zero where there is no column or no token
 };
 constexpr int64_t block_rows = 32;      // rows a thread takes at a time
 constexpr int64_t tiny_work = 1 << 15;  // codewords that are worth a thread: some 50 microseconds
 
 void pack(Pass &pass, const float *x, int64_t columns, int64_t reach) {
-    const int64_t width = pass.width;
+    const int64_t width = pass.kernel.width;
     pass.x = floats(reach * width);
     // 16 columns at a time, so that both sides stay in whole cache lines
     for (int64_t first = 0; first < columns; first += 16)
@@ -277,7 +287,7 @@ void product(Matrix<const float> x, Offsets starts, Words words, Offsets offsets
         static_cast<int64_t>(levels.shape(0)) != groups * out || levels.shape(1) != 3)
         throw std::invalid_argument("x, y, starts, row offsets and levels do not fit together");
     const Rows rows{words.data(), static_cast<int64_t>(words.shape(0)), offsets.data()};
-    const Kernels kernel = kernels(halfbit::active_isa);
+    const std::vector<Kernel> available = kernels(halfbit::active_isa);
     const bool by_terms = terms.shape(0) == root;
 
     std::vector<Pass> passes;
@@ -289,8 +299,9 @@ void product(Matrix<const float> x, Offsets starts, Words words, Offsets offsets
             most = std::max(most, rows.size(row));
         }
         for (int64_t first = start[g]; first < start[g + 1];) {
-            const int64_t left = start[g + 1] - first, width = kernel.width(left);
-            passes.push_back({g, first, std::min(left, width), width, nullptr});
+            const int64_t left = start[g + 1] - first;
+            const Kernel kernel = fitting(available, left);
+            passes.push_back({kernel, g, first, std::min(left, kernel.width), nullptr});
             first += passes.back().tokens;
             work += rows.offsets[(g + 1) * out] - rows.offsets[g * out];
         }
@@ -307,7 +318,6 @@ void product(Matrix<const float> x, Offsets starts, Words words, Offsets offsets
         const Pass &pass = passes[i / blocks];
         const int64_t first = i % blocks * block_rows, last = std::min(first + block_rows, out);
         float *to = y.data() + pass.first * out;
-        const RowProduct row_product = kernel.of(pass.width);
         for (int64_t r = first; r < last; ++r) {
             const int64_t row = pass.group * out + r;
             const uint16_t *word = rows.begin(row), *end = rows.end(row);
@@ -318,10 +328,10 @@ void product(Matrix<const float> x, Offsets starts, Words words, Offsets offsets
             }
             const float *l = levels.data() + 3 * row;
             const float level[4] = {l[0], l[1], l[2], 0.0f};
-            float sum[16];
+            float sum[widest];
             const int64_t at = by_terms && level[0] == 0.0f
-                ? row_product(word, end, terms.data(), level, pass.x.get(), sum)
-                : row_product_by_symbol(word, end, entries.data(), level, pass.x.get(), pass.width, sum);
+                ? pass.kernel.row(word, end, terms.data(), level, pass.x.get(), sum)
+                : row_by_symbol(word, end, entries.data(), level, pass.x.get(), pass.kernel.width, sum);
             if (at != even(columns)) wrong_length(row, at, columns);
             for (int64_t t = 0; t < pass.tokens; ++t) to[t * out + r] = sum[t];
         }
