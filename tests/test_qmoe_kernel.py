@@ -21,6 +21,7 @@ if native.extension is None:
 
 from halfbit.formats.qmoe import cpu
 
+set_isa = native.extension.set_isa
 GOLDEN = Path(__file__).parent / "golden" / "qmoe"
 WIDTHS = [*range(1, 34, 2), 28, 56, 63, 2083]
 TOKENS = [0, 1, 2, 5, 8, 17, 40]
@@ -28,20 +29,20 @@ TOKENS = [0, 1, 2, 5, 8, 17, 40]
 
 def _has(name: str) -> bool:
     try:
-        native.extension.set_isa(name)
+        set_isa(name)
     except ValueError:
         return False
     finally:
-        native.extension.set_isa("best")
+        set_isa("best")
     return True
 
 
 @pytest.fixture(params=[name for name in ("portable", "avx2", "avx512") if _has(name)])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.extension.set_isa(request.param)
+    set_isa(request.param)
     assert native.isa() == request.param
     yield request.param
-    native.extension.set_isa("best")
+    set_isa("best")
 
 
 def ternary(rows: int, columns: int, *, zeros: float = 0.885, seed: int = 0) -> Tensor:
@@ -64,7 +65,8 @@ def check_product(x: Tensor, starts: Tensor, symbols: Tensor, levels: Tensor, p0
     for g in range(groups):
         part = slice(int(starts[g]), int(starts[g + 1]))
         exact[part], dense[part] = x[part].double() @ w[g].double().T, x[part].float() @ w[g].T
-    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
     if not y.numel():
         return
     # the result is rounded once more where x is not float32

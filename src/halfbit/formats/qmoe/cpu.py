@@ -86,9 +86,7 @@ def product(
     inputs = x.detach().to(torch.float32).contiguous()
     tables = entries.view(torch.uint64), _terms(entries)
     try:
-        _extension().qmoe_product(
-            inputs, starts, codewords, row_offsets, levels, *tables, y, torch.get_num_threads()
-        )
+        _extension().qmoe_product(inputs, starts, codewords, row_offsets, levels, *tables, y, torch.get_num_threads())
     except RuntimeError as error:
         raise _damaged(error) from None
     return y.to(x.dtype)
