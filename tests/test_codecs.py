@@ -144,12 +144,12 @@ def test_rows_without_zeros_cost_no_more_codewords():
 
 
 def test_values_that_coincide_share_a_symbol():
-    codes = [[0, 1, 2, 0, 1, 2, 1, 1] * 4] * 4
+    codes = [[0, 1, 2, 0, 1, 2, 0, 1] * 4] * 4
     solution = with_levels(codes, [[0.0, 0.5], [-0.5, 0.0], [0.5, 0.5], [0.0, 0.0]])
     packed = conformance.check_law(QMoE(), solution)
     # row 3 is all zero although its codes are not: 32 weights are two codewords
     assert packed.tensors["row_lengths"].tolist()[3] == 2
-    # low = 0 makes code 1 a zero; in row 2 the value 0.5 is the most frequent
+    # low = 0 makes code 1 a zero; in row 2 the value 0.5 has two codes and is the most frequent
     assert (packed.tensors["pivots"] >> 16).tolist() == [2]
 
 
