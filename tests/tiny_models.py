@@ -60,8 +60,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **COMMON, intermediate_size=23, moe_intermediate_size=17, shared_expert_intermediate_size=29, num_experts=7,
         num_experts_per_tok=3, decoder_sparse_step=2,
     ),
+    # more than ten experts: "10" must come after "9"
     "qwen3-moe": make(Qwen3MoeConfig,
-        **COMMON, intermediate_size=23, moe_intermediate_size=17, num_experts=7, num_experts_per_tok=3, head_dim=10,
+        **COMMON, intermediate_size=23, moe_intermediate_size=17, num_experts=13, num_experts_per_tok=3, head_dim=10,
     ),
     "qwen3-moe-tied": make(Qwen3MoeConfig,
         **COMMON, intermediate_size=23, moe_intermediate_size=17, num_experts=7, num_experts_per_tok=3, head_dim=10,
