@@ -2,7 +2,9 @@
 
 Both sides start from weights that are not in a core's own cache: every call takes the next of many matrices, more than
 `--dense-mib` of bfloat16 in all (float32: twice that), and as many compressed ones. Repetitions are interleaved, one
-call of each kind in turn, so that a busy machine slows all of them. The result is checked against float64 first.
+call of each kind in turn, so that a busy machine slows all of them; this also means that each product finds its tables
+displaced from the cache by the dense ones, unlike the second expert of a layer. The result is checked against float64
+first.
 
 What bounds the kernel: instructions. Per codeword (about 22 weights) g++ 12 emits 30 of them: 2 loads for the codeword
 and its terms, 3 for levels, 3 multiply-adds with x, 6 shifts, 6 masks, 8 register copies, 2 for the next column and the
@@ -83,7 +85,7 @@ class Case:
         if not got <= allowed:
             raise SystemExit(f"wrong result: error {got:.3g}, allowed {allowed:.3g}; nothing was timed")
 
-    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+    def product(self, x: Tensor, packed: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         return cpu.product(x, torch.tensor([0, len(x)]), *packed, self.out)
 
     def time(self, tokens: int, repetitions: int) -> dict[str, list[float]]:
