@@ -9,9 +9,9 @@ first.
 What bounds the kernel: instructions. Per codeword (about 22 weights) g++ 12 emits 30 of them: 2 loads for the codeword
 and its terms, 3 for levels, 3 multiply-adds with x, 6 shifts, 6 masks, 8 register copies, 2 for the next column and the
 loop. A core that issues 6 per cycle (Intel since Golden Cove) needs 5.0 cycles; the loads (8, 3 per cycle) and the
-shifts (6, 2 per cycle) alone would need 3. Measured with one token on an idle Xeon at 4.0 GHz: 1.55 to 1.6 ns, 6.2 to
-6.5 cycles with everything around the loop, 5.6 for the loop on its own. Eight tokens take 1.9 to 2.0 ns, because x no
-longer fits the first-level cache. Bytes are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16
+shifts (6, 2 per cycle) alone would need 3. Measured, best of 40 calls in a row on a Xeon at 4.0 GHz: one token 1.55 to
+1.6 ns, 6.2 to 6.5 cycles with everything around the loop, 5.6 for the loop on its own; eight tokens 1.9 to 2.0 ns,
+because x no longer fits the first-level cache. The interleaved medians below are a quarter to a half above that. Bytes are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16
 reads 25.6 MB.
 
     python bench/products.py                 # about a minute; appends to bench/results.csv
@@ -21,6 +21,7 @@ reads 25.6 MB.
 import argparse
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -128,7 +129,13 @@ def table_rows(times: dict[str, list[float]], count: int, shape: str, tokens: in
         note = f"median of {len(t)}, 10-90 % {1e3 * low:.3f}-{1e3 * high:.3f} ms, best {1e3 * min(t):.3f} ms, "
         row = {"shape": shape, "tokens": tokens, "threads": threads, "what": what, "seconds": f"{median[what]:.6f}"}
         row |= {f"ratio_to_{other}": f"{median[what] / median[other]:.3f}" for other in ("bf16", "fp32")}
-        rows.append(row | {"note": note + f"{count} matrices in turn, {100 * ZEROS:.1f} % zeros"})
+        rows.append(
+            row
+            | {
+                "note": note
+                + f"{count} matrices in turn, {100 * ZEROS:.1f} % zeros, load average {os.getloadavg()[0]:.1f}"
+            }
+        )
     return rows
 
 
