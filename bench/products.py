@@ -11,8 +11,8 @@ and its terms, 3 for levels, 3 multiply-adds with x, 6 shifts, 6 masks, 8 regist
 loop. A core that issues 6 per cycle (Intel since Golden Cove) needs 5.0 cycles; the loads (8, 3 per cycle) and the
 shifts (6, 2 per cycle) alone would need 3. Measured, best of 40 calls in a row on a Xeon at 4.0 GHz: one token 1.55 to
 1.6 ns, 6.2 to 6.5 cycles with everything around the loop, 5.6 for the loop on its own; eight tokens 1.9 to 2.0 ns,
-because x no longer fits the first-level cache. The interleaved medians below are a quarter to a half above that. Bytes are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16
-reads 25.6 MB.
+because x no longer fits the first-level cache. The interleaved medians below are a quarter to a half above that. Bytes
+are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16 reads 25.6 MB.
 
     python bench/products.py                 # about a minute; appends to bench/results.csv
     python bench/products.py --dry-run       # prints only
