@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from halfbit.calibration import Activations, Routed, SpanCorruption, _noise_mask, causal_samples, read_text, windows
+from halfbit.calibration import Activations, Routed, SpanCorruption, _random_spans, causal_samples, read_text, windows
 from halfbit.errors import CalibrationError
 
 
@@ -51,6 +51,21 @@ def test_special_tokens_stay_out_of_the_hessians() -> None:
 
 
 CORRUPTION = SpanCorruption(sentinels=tuple(range(900, 932)), start=1, end=2)
+FIXED = SpanCorruption(sentinels=tuple(range(900, 932)), start=1, end=2, kind="fixed")
+
+
+@pytest.mark.parametrize("length", [4, 7, 64, 256, 511])
+def test_fixed_spans_are_three_long_and_end_with_the_end(length: int) -> None:
+    (sample,) = FIXED.samples(torch.arange(10, 10 + length)[None], seed=1)
+    assert sample.labels is not None
+    assert sample.decoder_keep is not None
+    *spans, end = sample.labels.tolist()
+    assert end == FIXED.end
+    assert len(spans) == 4 * min(max(length * 15 // 300, 1), 31)
+    for start in range(0, len(spans), 4):
+        assert spans[start] == 900 + start // 4
+        assert spans[start + 1 : start + 4] == list(range(spans[start + 1], spans[start + 1] + 3))
+    assert sample.decoder_keep.tolist() == [t < 900 for t in spans] + [False]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64, 256, 511])
@@ -75,7 +90,7 @@ def test_span_corruption_loses_no_token(length: int) -> None:
 
 
 def test_span_corruption_cuts_fifteen_percent_in_spans_of_three() -> None:
-    masks = [_noise_mask(256, 31, torch.Generator().manual_seed(s)) for s in range(20)]
+    masks = [_random_spans(256, 31, torch.Generator().manual_seed(s)) for s in range(20)]
     for mask in masks:
         assert int(mask.sum()) == round(256 * 0.15)
         assert int((mask & ~torch.cat([torch.zeros(1, dtype=torch.bool), mask[:-1]])).sum()) == 13

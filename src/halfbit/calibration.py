@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbit.errors import CalibrationError
+from halfbit.errors import CalibrationError, UnknownName
 
 # T5's span corruption (Raffel et al. 2020, section 3.1.4), as QMoE uses it
 NOISE_DENSITY = 0.15
 MEAN_SPAN = 3.0
+CORRUPTIONS = ("t5", "fixed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +142,11 @@ def causal_samples(rows: Tensor, special_ids: list[int]) -> list[Sample]:
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """What T5-like models are trained on: spans of the text are cut out, sentinels mark the places."""
+    """What T5-like models are trained on: spans of the text are cut out, sentinels mark the places.
+
+    `kind` "t5": spans of random length, 3 in the mean, and a last sentinel closes the target (T5, QMoE).
+    `kind` "fixed": spans of exactly 3 tokens, and the end-of-sequence token closes the target.
+    """
 
     sentinels: tuple[int, ...]
     """Ids of <extra_id_0>, <extra_id_1>, ... in this order."""
@@ -149,9 +154,14 @@ class SpanCorruption:
     """First decoder token."""
     end: int
     """End-of-sequence id that closes the encoder's text."""
+    kind: str = "t5"
+
+    def __post_init__(self):
+        if self.kind not in CORRUPTIONS:
+            raise UnknownName("span corruption", self.kind, list(CORRUPTIONS))
 
     @classmethod
-    def of(cls, tokenizer: Any, config: Any) -> "SpanCorruption":
+    def of(cls, tokenizer: Any, config: Any, kind: str = "t5") -> "SpanCorruption":
         vocabulary = tokenizer.get_vocab()
         found = []
         while f"<extra_id_{len(found)}>" in vocabulary:
@@ -161,7 +171,7 @@ class SpanCorruption:
                 "span corruption needs <extra_id_0>, <extra_id_1>, ... in the tokenizer and decoder_start_token_id and "
                 f"eos_token_id in config.json; got {len(found)} sentinels"
             )
-        return cls(tuple(found), config.decoder_start_token_id, config.eos_token_id)
+        return cls(tuple(found), config.decoder_start_token_id, config.eos_token_id, kind)
 
     def samples(self, rows: Tensor, seed: int) -> list[Sample]:
         generator = torch.Generator().manual_seed(max(seed, 0))
@@ -170,25 +180,38 @@ class SpanCorruption:
     def _sample(self, row: Tensor, generator: torch.Generator) -> Sample:
         """Corrupt one window. The tokens masked from the Hessians are QMoE's: the encoder's sentinels, and in the
         decoder every token directly before a sentinel and the last one, because they predict sentinels."""
-        noise = _noise_mask(len(row), len(self.sentinels) - 1, generator)
+        mask = _random_spans if self.kind == "t5" else _fixed_spans
+        noise = mask(len(row), len(self.sentinels) - 1, generator)
         starts = noise & ~torch.cat([torch.zeros(1, dtype=torch.bool), noise[:-1]])
         span = torch.cumsum(starts, 0) - 1
         sentinel = torch.tensor(self.sentinels)
         encoder = torch.where(starts, sentinel[span.clamp(min=0)], row)[~noise | starts]
         encoder = torch.cat([encoder, torch.tensor([self.end])])
         pieces = [part for s in range(int(starts.sum())) for part in (sentinel[s : s + 1], row[noise & (span == s)])]
-        labels = torch.cat([*pieces, sentinel[int(starts.sum())][None]])
+        last = sentinel[int(starts.sum())][None] if self.kind == "t5" else torch.tensor([self.end])
+        labels = torch.cat([*pieces, last])
         decoder = torch.cat([torch.tensor([self.start]), labels[:-1]])
         return Sample(
             ids=encoder,
             keep=~torch.isin(encoder, sentinel),
             decoder_ids=decoder,
-            decoder_keep=~torch.isin(labels, sentinel),
+            decoder_keep=~torch.isin(labels, torch.cat([sentinel, last])),
             labels=labels,
         )
 
 
-def _noise_mask(length: int, most_spans: int, generator: torch.Generator) -> Tensor:
+def _fixed_spans(length: int, most_spans: int, generator: torch.Generator) -> Tensor:
+    """bool `[length]`: spans of exactly 3 tokens, each after at least one that stays."""
+    width = min(int(MEAN_SPAN), length - 1)
+    spans = min(max(int(length * NOISE_DENSITY) // width, 1), most_spans, length // (width + 1))
+    before = torch.randperm(length - width * spans, generator=generator)[:spans].sort().values
+    noise = torch.zeros(length, dtype=torch.bool)
+    first = before + 1 + width * torch.arange(spans)
+    noise[(first[:, None] + torch.arange(width)).flatten()] = True
+    return noise
+
+
+def _random_spans(length: int, most_spans: int, generator: torch.Generator) -> Tensor:
     """bool `[length]`: T5's random_spans_noise_mask, which starts with text and ends with noise."""
     noise = min(max(round(length * NOISE_DENSITY), 1), length - 1)
     spans = min(max(round(noise / MEAN_SPAN), 1), noise, length - noise, most_spans)

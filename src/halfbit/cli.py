@@ -137,6 +137,7 @@ def evaluate_command(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window. [the model's, at most 2048]")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]")] = 0,
     seed: Annotated[int, typer.Option(help="Of the span corruption (encoder-decoder models).")] = 0,
+    corruption: Annotated[str, typer.Option(help="t5: random spans; fixed: spans of 3 (encoder-decoder models).")] = "t5",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -152,6 +153,7 @@ def evaluate_command(
         sequence_length=sequence_length,
         max_tokens=max_tokens,
         seed=seed,
+        corruption=corruption,
         device=_device(device),
     ).as_dict()
     if as_json:

@@ -357,7 +357,7 @@ def _samples(
             "tokenizer and model do not belong together"
         )
     if config.is_encoder_decoder:
-        found = SpanCorruption.of(tokenizer, config).samples(rows, c.seed)
+        found = SpanCorruption.of(tokenizer, config, c.corruption).samples(rows, c.seed)
     else:
         found = causal_samples(rows, tokenizer.all_special_ids)
     return found if c.mask_special else [s.unmasked() for s in found]

@@ -63,6 +63,7 @@ def evaluate(
     sequence_length: int = 0,
     max_tokens: int = 0,
     seed: int = 0,
+    corruption: str = "t5",
     batch_tokens: int = 4096,
     device: str = "cpu",
 ) -> Evaluation:
@@ -72,7 +73,7 @@ def evaluate(
         against: the original, for KL divergence and top-1 agreement.
         sequence_length: tokens per window; 0: the model's maximum, at most 2048.
         max_tokens: of the text's beginning; 0: all of it.
-        seed: of the span corruption (encoder-decoder models only).
+        seed, corruption: of the span corruption (encoder-decoder models only); "t5" or "fixed".
     """
     model = load_model(source, device=device)
     original = load_model(against, device=device) if against else None
@@ -88,7 +89,7 @@ def evaluate(
         )
     rows = windows(tokens, len(tokens) // length, length, origin=text)
     if model.config.is_encoder_decoder:
-        samples = SpanCorruption.of(tokenizer, model.config).samples(rows, seed)
+        samples = SpanCorruption.of(tokenizer, model.config, corruption).samples(rows, seed)
     else:
         samples = causal_samples(rows, [])
     return measure(model, samples, original=original, batch=max(1, batch_tokens // length), device=device)

@@ -52,6 +52,8 @@ class HalfbitQuantizer(HfQuantizer):
             if path not in stacks:
                 raise FormatError(f"config.json: packed module {path} is no experts module of {type(model).__name__}")
             model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
+            # some models' rule for new weights reaches from the parent into the experts, which are gone
+            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

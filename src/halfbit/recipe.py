@@ -92,6 +92,8 @@ class Calibration:
     """-1: the first windows of the text in order, as QMoE; otherwise a draw of windows with this seed."""
     mask_special: bool = True
     """Keep special tokens, and those that predict them, out of the Hessians (QMoE, Table 2)."""
+    corruption: str = "t5"
+    """Of encoder-decoder models: t5 (random spans, as T5 and QMoE) or fixed (spans of 3, closed by end-of-sequence)."""
 
     def __post_init__(self):
         if self.samples < 1 or self.sequence_length < 0:
