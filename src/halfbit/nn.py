@@ -30,6 +30,8 @@ class PackedMatrix(nn.Module):
     def __init__(self, codec: Codec, shape: tuple[int, int, int], parts: dict[str, tuple[torch.dtype, list[int]]]):
         super().__init__()
         self.codec, self.shape = codec, shape
+        # as text, which is what a traced op can carry
+        self.codec_config = json.dumps(formats.to_config(codec))
         self._stored = list(parts)
         self._derived: list[str] = []
         for name, (dtype, size) in parts.items():
@@ -80,10 +82,6 @@ class PackedMatrix(nn.Module):
 
         return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
 
-    @property
-    def codec_config(self) -> str:
-        return json.dumps(formats.to_config(self.codec))
-
     def extra_repr(self) -> str:
         return f"{self.codec!r}, experts={self.shape[0]}, out={self.shape[1]}, in={self.shape[2]}"
 
@@ -122,7 +120,9 @@ GATES: dict[str, Callable[..., Tensor]] = {
 
 def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str, list[float]] | None:
     """Which of GATES a module's own gate is, found by comparing values; None when it is another one."""
-    probe = torch.linspace(-9, 9, 4 * 30).view(4, 30)[:, torch.randperm(30, generator=torch.Generator().manual_seed(0))]
+    # transformers replaces modules with "meta" as the default device, where values cannot be compared
+    order = torch.randperm(30, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    probe = torch.linspace(-9, 9, 4 * 30, device="cpu").view(4, 30)[:, order].contiguous()
     arguments = [float(getattr(module, k)) for k in ("alpha", "limit") if getattr(module, k, None) is not None]
     with torch.no_grad():
         expected = gate(probe)

@@ -1,0 +1,336 @@
+"""Compress, load in transformers, run: on tiny random models of every family with experts.
+
+The oracle is the same model with the experts' weights replaced by what the stored codes decode to.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+import halfbit
+from halfbit import recipe
+from halfbit.calibration import causal_samples, windows
+from halfbit.compress import Began, Event, Solved, compress
+from halfbit.evaluate import measure
+from halfbit.families import open_family
+from halfbit.folder import Problem
+from halfbit.nn import PackedExperts, PackedMatrix
+from halfbit.reader import Reader
+from halfbit.recipe import Recipe
+
+EAGER = {"experts_implementation": "eager"}
+WORDS = [f"w{i}" for i in range(40)]
+MIXTURES = sorted(
+    name for name in tiny_models.CONFIGS if any(k in name for k in ("m" + "ix", "moe", "deep", "oss", "4", "nemo", "switch"))
+)
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    **{name: lambda folder, name=name: tiny_models.save(name, folder) for name in MIXTURES},
+    "qwen3-moe fused": lambda folder: tiny_models.save_as_built("qwen3-moe", folder),
+    "gpt-oss mxfp4": tiny_models.save_mxfp4,
+    "qwen3-moe fp8": tiny_models.save_fp8,
+}
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """61 words, as many as the tiny models know; the special ones are 0, 1 and 2."""
+    sentinels = [f"<extra_id_{i}>" for i in range(18)]
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", *WORDS, *sentinels])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+def text(folder: Path, words: int = 200) -> str:
+    """A file of random words."""
+    path = folder / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=words)), "utf-8")
+    return str(path)
+
+
+def run(source: Path, out: Path, changes: str = "", name: str = "qmoe", samples: int = 6) -> list[Event]:
+    """Compress with few short samples."""
+    chosen = recipe.load(name).calibrated(samples=samples, sequence_length=12)
+    if changes:
+        chosen = Recipe.from_toml(chosen.to_toml().replace(*changes.split(" -> ")))
+    return list(compress(str(source), out, chosen, text(source)))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    switch = "switch" in (folder / "config.json").read_text()
+    auto = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
+    # transformers' grouped_mm refuses rows that are no multiple of 16 bytes
+    return auto.from_pretrained(folder, dtype=dtype, **({} if switch else EAGER)).eval()
+
+
+def decoded(source: Path, compressed: torch.nn.Module) -> torch.nn.Module:
+    """The original model in float32 with the experts that the compressed one decodes to."""
+    family = open_family(Reader(source))
+    family.load_outer()
+    for block in (b for part in family.stacks() for b in part.blocks):
+        family.load_block(block)
+    for path, stack in family.experts.items():
+        packed = compressed.get_submodule(path)
+        assert isinstance(packed, PackedExperts)
+        dense = {}
+        for matrix, projections in ((packed.matrix(packed._up), stack.up), (packed.matrix(packed._down), (stack.down,))):
+            experts, out, columns = matrix.shape
+            whole = matrix.codec.decode(matrix.packed()).view(experts, out, columns)
+            sizes = [stack.projections[p][0] for p in projections]
+            dense |= dict(zip(projections, whole.split(sizes, dim=1), strict=True))
+        for projection, weight in dense.items():
+            if stack.members:
+                for name, w in zip(stack.parameters(projection), weight, strict=True):
+                    family._place(name, w.contiguous())
+            else:
+                family._place(stack.parameters(projection)[0], (weight.mT if stack.transposed else weight).contiguous())
+        biases = family.expert_biases(stack, 0, stack.num_experts)
+        for projection, bias in biases.items():
+            name = stack.bias_parameter(projection)
+            assert name is not None
+            family._place(name, bias.float())
+    if "switch" not in family.config.model_type:
+        family.model.set_experts_implementation("eager")
+    return family.model
+
+
+def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 43, (2, 11), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative to the scale of `b`."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Callable[[str], tuple[Path, Path, list[Event]]]:
+    """Source folder, compressed folder and events of each source, made once."""
+    done: dict[str, tuple[Path, Path, list[Event]]] = {}
+
+    def make(name: str) -> tuple[Path, Path, list[Event]]:
+        if name not in done:
+            root = tmp_path_factory.mktemp(name.replace(" ", "-"))
+            source = add_tokenizer(SOURCES[name](root / "source"))
+            done[name] = source, root / "out", run(source, root / "out")
+        return done[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_compressed_model_gives_the_logits_of_the_decoded_one(name: str, made) -> None:
+    """Up to float32 rounding through a few layers; a wrong row, level or expert changes the logits by 1e-2 and more."""
+    source, folder, _ = made(name)
+    model = load(folder)
+    # one op per layer: every gate was recognised
+    assert all(m._named_gate is not None for m in model.modules() if isinstance(m, PackedExperts))
+    dense = decoded(source, model)
+    given = inputs(model)
+    with torch.no_grad():
+        expected, got = dense(**given, use_cache=False).logits, model(**given, use_cache=False).logits
+    assert largest_difference(got, expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "llama4", "deepseek-v3", "switch"])
+def test_greedy_text_is_that_of_the_decoded_model(name: str, made) -> None:
+    source, folder, _ = made(name)
+    model = load(folder)
+    dense = decoded(source, model)
+    ids = inputs(model)["input_ids"]
+    wanted = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(ids, **wanted), dense.generate(ids, **wanted))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_folder_is_whole_and_only_experts_changed(name: str, made) -> None:
+    source, folder, events = made(name)
+    problems = [p for p in halfbit.verify(folder) if isinstance(p, Problem)]
+    assert not problems
+    manifest = json.loads((folder / "manifest.json").read_text())
+    reader = Reader(source)
+    untouched = [n for n in manifest["tensors"] if n in reader]
+    stored = {}
+    for path in folder.glob("*.safetensors"):
+        stored |= load_file(path)
+    for tensor in untouched:
+        assert torch.equal(stored[tensor], reader.tensor(tensor))
+        assert stored[tensor].dtype == reader.dtype(tensor)
+    packed = set(manifest["tensors"]) - set(untouched)
+    assert packed
+    assert all("experts" in n and n.rpartition(".")[0].endswith("_packed") for n in packed)
+    solved = [e for e in events if isinstance(e, Solved)]
+    assert {e.matrix for e in solved} == set(manifest["matrices"])
+    assert all(0 <= e.loss < 1 for e in solved)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-tied", "gpt-oss", "granitemoe", "switch"])
+def test_saving_and_loading_again_keeps_every_bit(name: str, made, tmp_path) -> None:
+    _, folder, _ = made(name)
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    first, second = model.state_dict(), again.state_dict()
+    assert list(first) == list(second)
+    for key, tensor in first.items():
+        assert tensor.dtype == second[key].dtype
+        assert torch.equal(tensor, second[key]), key
+    given = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, again(**given).logits)
+    again.save_pretrained(tmp_path / "third")
+    files = [sorted(f.name for f in (tmp_path / n).iterdir()) for n in ("again", "third")]
+    assert files[0] == files[1]
+    for file in files[0]:
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+
+
+def test_weights_are_never_expanded_and_casts_keep_the_stored_bits(made) -> None:
+    _, folder, _ = made("qwen3-moe")
+    model = load(folder, torch.bfloat16)
+    before = {n: m.packed().tensors for n, m in model.named_modules() if isinstance(m, PackedMatrix)}
+    for cast in (Tensor.half, Tensor.float, Tensor.bfloat16):
+        model._apply(lambda t, cast=cast: cast(t) if t.is_floating_point() else t)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            for part, tensor in module.packed().tensors.items():
+                assert tensor.dtype == before[name][part].dtype
+                assert torch.equal(tensor, before[name][part])
+    experts = [t for n, t in model.state_dict().items() if ".experts." in n]
+    config = tiny_models.CONFIGS["qwen3-moe"]
+    assert max(t.numel() for t in experts) < config.num_experts * config.moe_intermediate_size * config.hidden_size
+    with torch.no_grad():
+        assert model(**inputs(model)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["qmoe-2bit", "rtn-ternary"])
+def test_the_other_recipes(name: str, made, tmp_path) -> None:
+    source, _, _ = made("mixtral")
+    run(source, tmp_path / "out", name=name)
+    model = load(tmp_path / "out")
+    dense = decoded(source, model)
+    with torch.no_grad():
+        assert largest_difference(model(**inputs(model)).logits, dense(**inputs(model)).logits) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_torch_compile_takes_the_whole_model_in_one_graph(name: str, made) -> None:
+    _, folder, _ = made(name)
+    model = load(folder)
+    given = inputs(model)
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert largest_difference(compiled(**given, use_cache=False).logits, expected) < 1e-5
+
+
+def test_the_layer_op_passes_opcheck(made) -> None:
+    _, folder, _ = made("gpt-oss")
+    model = load(folder)
+    layer = next(m for m in model.modules() if isinstance(m, PackedExperts))
+    up, down = layer.matrix(layer._up), layer.matrix(layer._down)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, up.shape[2], generator=generator)
+    index = torch.randint(0, up.shape[0] + 1, (6, 2), generator=generator)
+    assert layer._named_gate is not None
+    biases = [layer.get_parameter(n[0]).detach() for n in layer._biases]
+    arguments = (
+        hidden, index, torch.rand(6, 2, generator=generator), up.operands(), down.operands(), *biases, up.codec_config,
+        down.codec_config, up.shape[0], [up.shape[1], down.shape[1]], *layer._named_gate,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.halfbit.experts, arguments)
+
+
+def test_the_same_run_gives_the_same_bytes(made, tmp_path) -> None:
+    source, folder, _ = made("qwen3-moe")
+    run(source, tmp_path / "again")
+    for path in sorted(folder.iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_continues_to_the_identical_files(name: str, after: int, made, tmp_path) -> None:
+    source, folder, _ = made(name)
+    chosen = recipe.load("qmoe").calibrated(samples=6, sequence_length=12)
+    steps = compress(str(source), tmp_path / "out", chosen, text(source))
+    for event in steps:
+        if type(event).__name__ == "BlockBegan" and event.number == after:
+            next(steps)  # a part of the block is done
+            break
+    steps.close()
+    assert not (tmp_path / "out" / "config.json").exists()
+    rest = run(source, tmp_path / "out")
+    began = next(e for e in rest if isinstance(e, Began))
+    assert after <= began.resumed < began.blocks
+    for path in sorted(folder.iterdir()):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_rules_can_leave_layers_alone(made, tmp_path) -> None:
+    """Packed and plain experts in one model; the plain ones still load through transformers' own conversion."""
+    source, _, _ = made("qwen3-moe")
+    run(source, tmp_path / "out", changes='match = "*.experts.*" -> match = "model.layers.[12].*.experts.*"')
+    model = load(tmp_path / "out")
+    kinds = [isinstance(model.get_submodule(f"model.layers.{i}.mlp.experts"), PackedExperts) for i in range(3)]
+    assert kinds == [False, True, True]
+    with torch.no_grad():
+        before = model(**inputs(model)).logits
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(**inputs(model)).logits, before)
+
+
+@pytest.mark.parametrize("undersampled", ["shrink", "identity"])
+def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: str, made, tmp_path) -> None:
+    source, _, _ = made("qwen3-moe")
+    change = f'undersampled = "shrink" -> undersampled = "{undersampled}"'
+    events = run(source, tmp_path / "out", changes=change, samples=1)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    tables = manifest["coverage"]
+    assert any(table["below_floor"] for table in tables.values())
+    notices = [e.message for e in events if type(e).__name__ == "Noticed"]
+    for path, table in tables.items():
+        assert sum(table["routed"]) == 12 * 3
+        for expert in range(13):
+            named = any(n.startswith(f"{path}.{expert}: 0 calibration tokens") for n in notices)
+            assert named == (expert in table["below_floor"]) == (table["trained"][expert] == 0)
+
+
+def test_experts_without_tokens_can_stop_the_run(made, tmp_path) -> None:
+    source, _, _ = made("qwen3-moe")
+    with pytest.raises(halfbit.errors.CoverageError, match=r"model\.layers\.\d\.mlp\.experts\.\d+: got 0") as caught:
+        run(source, tmp_path / "out", changes='undersampled = "shrink" -> undersampled = "fail"', samples=1)
+    assert caught.value.tokens == 0
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_true_sequential_solves_the_output_on_compressed_inputs(made, tmp_path) -> None:
+    source, folder, _ = made("mixtral")
+    run(source, tmp_path / "out", changes="true_sequential = false -> true_sequential = true")
+    first, second = (json.loads((f / "manifest.json").read_text())["matrices"] for f in (folder, tmp_path / "out"))
+    block = [n for n in first if n.startswith("model.layers.0.")]
+    assert all(first[n] == second[n] for n in block if n.endswith("gate_up_proj"))
+    assert any(first[n]["loss"] != second[n]["loss"] for n in block if n.endswith("down_proj"))
+
+
+def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_path) -> None:
+    source, folder, _ = made("olmoe")
+    run(source, tmp_path / "out", name="rtn-ternary")
+    original = load(source)
+    samples = causal_samples(windows(torch.randint(3, 43, (72,), generator=torch.Generator().manual_seed(0)), 6, 12), [])
+    distances = [measure(load(f), samples, original=original).kl_divergence for f in (folder, tmp_path / "out")]
+    assert distances[0] < distances[1]
