@@ -120,7 +120,9 @@ def test_the_list_buffer_gives_views_of_one_tensor() -> None:
 def test_routing_is_gathered_by_expert_and_replayed_in_place() -> None:
     routed = Routed(num_experts=3)
     first = torch.arange(8.0).view(4, 2)
-    routed.add(first, torch.tensor([[0, 2], [3, 3], [2, 1], [9, 0]]), torch.rand(4, 2), torch.tensor([1, 1, 0, 1]).bool())
+    routed.add(
+        first, torch.tensor([[0, 2], [3, 3], [2, 1], [9, 0]]), torch.rand(4, 2), torch.tensor([1, 1, 0, 1]).bool()
+    )
     routed.add(first + 100, torch.tensor([[-1, 1], [0, 1], [3, -1], [2, 0]]), torch.rand(4, 2), torch.ones(4).bool())
     routed.close()
     assert routed.hidden[:, 0].tolist() == [0, 4, 6, 100, 102, 106]  # rows that no expert takes are not kept
@@ -156,9 +158,6 @@ def test_a_data_set_gives_its_text_column(monkeypatch) -> None:
         column_names = ("text",)
 
     class Datasets:
-        class exceptions:  # noqa: N801
-            DatasetNotFoundError = FileNotFoundError
-
         @staticmethod
         def load_dataset(name, *config, split):
             asked.update(name=name, config=config, split=split)

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 import halfbit
 from halfbit import recipe
 from halfbit.calibration import causal_samples, windows
-from halfbit.compress import Began, Event, Solved, compress
+from halfbit.compress import Began, BlockBegan, Event, Noticed, Solved, compress
+from halfbit.errors import CoverageError
 from halfbit.evaluate import measure
 from halfbit.families import open_family
 from halfbit.folder import Problem
@@ -32,7 +34,9 @@ from halfbit.recipe import Recipe
 EAGER = {"experts_implementation": "eager"}
 WORDS = [f"w{i}" for i in range(40)]
 MIXTURES = sorted(
-    name for name in tiny_models.CONFIGS if any(k in name for k in ("m" + "ix", "moe", "deep", "oss", "4", "nemo", "switch"))
+    name
+    for name in tiny_models.CONFIGS
+    if any(k in name for k in ("m" + "ix", "moe", "deep", "oss", "4", "nemo", "switch"))
 )
 SOURCES: dict[str, Callable[[Path], Path]] = {
     **{name: lambda folder, name=name: tiny_models.save(name, folder) for name in MIXTURES},
@@ -64,18 +68,19 @@ def run(source: Path, out: Path, changes: str = "", name: str = "qmoe", samples:
     """Compress with few short samples."""
     chosen = recipe.load(name).calibrated(samples=samples, sequence_length=12)
     if changes:
-        chosen = Recipe.from_toml(chosen.to_toml().replace(*changes.split(" -> ")))
+        before, after = changes.split(" -> ")
+        chosen = Recipe.from_toml(chosen.to_toml().replace(before, after))
     return list(compress(str(source), out, chosen, text(source)))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32):
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     switch = "switch" in (folder / "config.json").read_text()
-    auto = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
+    auto: Any = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
     # transformers' grouped_mm refuses rows that are no multiple of 16 bytes
     return auto.from_pretrained(folder, dtype=dtype, **({} if switch else EAGER)).eval()
 
 
-def decoded(source: Path, compressed: torch.nn.Module) -> torch.nn.Module:
+def decoded(source: Path, compressed: Any) -> Any:
     """The original model in float32 with the experts that the compressed one decodes to."""
     family = open_family(Reader(source))
     family.load_outer()
@@ -85,7 +90,10 @@ def decoded(source: Path, compressed: torch.nn.Module) -> torch.nn.Module:
         packed = compressed.get_submodule(path)
         assert isinstance(packed, PackedExperts)
         dense = {}
-        for matrix, projections in ((packed.matrix(packed._up), stack.up), (packed.matrix(packed._down), (stack.down,))):
+        for matrix, projections in (
+            (packed.matrix(packed._up), stack.up),
+            (packed.matrix(packed._down), (stack.down,)),
+        ):
             experts, out, columns = matrix.shape
             whole = matrix.codec.decode(matrix.packed()).view(experts, out, columns)
             sizes = [stack.projections[p][0] for p in projections]
@@ -106,9 +114,11 @@ def decoded(source: Path, compressed: torch.nn.Module) -> torch.nn.Module:
     return family.model
 
 
-def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def inputs(model: Any) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 43, (2, 11), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
+    )
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -266,9 +276,9 @@ def test_the_same_run_gives_the_same_bytes(made, tmp_path) -> None:
 def test_an_interrupted_run_continues_to_the_identical_files(name: str, after: int, made, tmp_path) -> None:
     source, folder, _ = made(name)
     chosen = recipe.load("qmoe").calibrated(samples=6, sequence_length=12)
-    steps = compress(str(source), tmp_path / "out", chosen, text(source))
+    steps: Any = compress(str(source), tmp_path / "out", chosen, text(source))
     for event in steps:
-        if type(event).__name__ == "BlockBegan" and event.number == after:
+        if isinstance(event, BlockBegan) and event.number == after:
             next(steps)  # a part of the block is done
             break
     steps.close()
@@ -302,7 +312,7 @@ def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: st
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     tables = manifest["coverage"]
     assert any(table["below_floor"] for table in tables.values())
-    notices = [e.message for e in events if type(e).__name__ == "Noticed"]
+    notices = [e.message for e in events if isinstance(e, Noticed)]
     for path, table in tables.items():
         assert sum(table["routed"]) == 12 * 3
         for expert in range(13):
@@ -312,7 +322,7 @@ def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: st
 
 def test_experts_without_tokens_can_stop_the_run(made, tmp_path) -> None:
     source, _, _ = made("qwen3-moe")
-    with pytest.raises(halfbit.errors.CoverageError, match=r"model\.layers\.\d\.mlp\.experts\.\d+: got 0") as caught:
+    with pytest.raises(CoverageError, match=r"model\.layers\.\d\.mlp\.experts\.\d+: got 0") as caught:
         run(source, tmp_path / "out", changes='undersampled = "shrink" -> undersampled = "fail"', samples=1)
     assert caught.value.tokens == 0
     assert not (tmp_path / "out" / "config.json").exists()
@@ -331,6 +341,8 @@ def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_p
     source, folder, _ = made("olmoe")
     run(source, tmp_path / "out", name="rtn-ternary")
     original = load(source)
-    samples = causal_samples(windows(torch.randint(3, 43, (72,), generator=torch.Generator().manual_seed(0)), 6, 12), [])
-    distances = [measure(load(f), samples, original=original).kl_divergence for f in (folder, tmp_path / "out")]
+    samples = causal_samples(
+        windows(torch.randint(3, 43, (72,), generator=torch.Generator().manual_seed(0)), 6, 12), []
+    )
+    distances: Any = [measure(load(f), samples, original=original).kl_divergence for f in (folder, tmp_path / "out")]
     assert distances[0] < distances[1]

@@ -174,7 +174,7 @@ class Stack:
                     module.forward = forward
 
 
-class _Stop(Exception):  # noqa: N818 (not an error)
+class _Stop(Exception):
     """The recorders have seen enough."""
 
 

@@ -1,7 +1,7 @@
 """From text to token samples, and QMoE's list buffer that carries their activations from block to block.
 
 The buffer is one contiguous CPU tensor with a view per sample (QMoE, section 3.2): blocks run sample by sample, experts
-gather their tokens from all samples in one vectorised read, and device memory follows one block and one group of experts.
+gather their tokens from all samples in one vectorised read; device memory follows one block and one group of experts.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ def _dataset(source: str) -> list[str]:
     split = rest[-1] if rest else "train"
     try:
         rows: Any = datasets.load_dataset(name, *rest[:-1], split=split)
-    except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as e:
+    except (FileNotFoundError, ValueError, ConnectionError) as e:  # its own DatasetNotFoundError is a FileNotFoundError
         raise CalibrationError(f"{source}: neither a file nor a data set that could be loaded: {e}") from e
     if "text" not in rows.column_names:
         raise CalibrationError(f'{source}: the data set has no column "text" but {", ".join(rows.column_names)}')
@@ -112,7 +112,10 @@ def fingerprint(documents: list[str]) -> str:
 
 def tokenize(tokenizer: Any, documents: list[str]) -> Tensor:
     """All documents as one int64 row of tokens, without special tokens, an end-of-text token between documents."""
-    rows = [torch.tensor(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64) for d in documents]
+    rows = [
+        torch.tensor(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        for d in documents
+    ]
     if len(rows) > 1 and tokenizer.eos_token_id is not None:
         end = torch.tensor([tokenizer.eos_token_id])
         rows = [part for row in rows for part in (row, end)]

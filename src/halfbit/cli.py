@@ -1,4 +1,4 @@
-"""The command line: compress, eval, generate, inspect, verify. It parses, calls the library and shows; no logic of its own.
+"""The command line: compress, eval, generate, inspect, verify. It parses, calls the library and shows.
 
 Results go to stdout (as tables, or as JSON with --json), progress and messages to stderr. Exit codes: 0 done, 1 verify
 found damage, 2 the input is at fault.
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from halfbit import native, recipe as recipes
+from halfbit import native
+from halfbit import recipe as recipes
 from halfbit.compress import Began, BlockBegan, Event, Finished, Noticed, Solved, load_tokenizer
 from halfbit.compress import compress as run_compress
 from halfbit.errors import HalfbitError, Unsupported
@@ -50,10 +51,16 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except HalfbitError as e:
-            err.print(f"halfbit: {type(e).__name__}: {e}", style="bold red", markup=False, highlight=False)
+            err.print(
+                f"halfbit: {type(e).__name__}: {e}", style="bold red", markup=False, highlight=False, soft_wrap=True
+            )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            err.print("halfbit: interrupted; the same command continues after the last finished block", markup=False)
+            err.print(
+                "halfbit: interrupted; the same command continues after the last finished block",
+                markup=False,
+                soft_wrap=True,
+            )
             raise typer.Exit(130) from None
 
     return run
@@ -84,10 +91,11 @@ def compress(
 ) -> None:
     """Compress MODEL into the folder OUT, which transformers then loads and runs compressed.
 
-    Blocks are solved one after another; memory follows one block and one group of experts. Stopped with Ctrl-C or killed,
-    the same command continues.
+    Blocks are solved one after another; memory follows one block and one group of experts. Stopped with Ctrl-C or
+    killed, the same command continues.
 
-    Example: halfbit compress examples/tiny-moe out --calibration examples/tiny-moe/calibration.txt
+    Example:
+    halfbit compress examples/tiny-moe out --calibration examples/tiny-moe/calibration.txt --sequence-length 256
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
@@ -108,7 +116,7 @@ def show_progress(events: Any) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("reading", total=None)
         event: Event
         for event in events:
@@ -122,10 +130,10 @@ def show_progress(events: Any) -> None:
                 case Solved():
                     progress.advance(task)
                 case Noticed(message=message):
-                    progress.console.print(f"note: {message}", markup=False, highlight=False)
+                    progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
                 case Finished(folder=folder):
                     progress.update(task, description="done", completed=progress.tasks[0].total)
-                    progress.console.print(f"written: {folder}", markup=False, highlight=False)
+                    progress.console.print(f"written: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -137,14 +145,16 @@ def evaluate_command(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window. [the model's, at most 2048]")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]")] = 0,
     seed: Annotated[int, typer.Option(help="Of the span corruption (encoder-decoder models).")] = 0,
-    corruption: Annotated[str, typer.Option(help="t5: random spans; fixed: spans of 3 (encoder-decoder models).")] = "t5",
+    corruption: Annotated[
+        str, typer.Option(help="t5: random spans; fixed: spans of 3 (encoder-decoder models).")
+    ] = "t5",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and loss on a text; encoder-decoder models: loss by span corruption.
 
-    The text is tokenized as a whole without special tokens and cut into windows that do not overlap; the loss is the mean
-    cross-entropy over positions 2 to the end of each window.
+    The text is tokenized as a whole without special tokens and cut into windows that do not overlap; the loss is the
+    mean cross-entropy over positions 2 to the end of each window.
     """
     result = evaluate(
         folder,
@@ -181,7 +191,9 @@ def generate(
     where = _device(device)
     model, tokenizer = load_model(folder, device=where), load_tokenizer(folder)
     torch.manual_seed(seed)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(
+        tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True
+    )
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -200,7 +212,9 @@ def generate(
 @told
 def inspect(
     folder: Annotated[str | None, typer.Argument(help="Folder that halfbit compress wrote.")] = None,
-    backends: Annotated[bool, typer.Option("--backends", help="Which kernels run here, and why others do not.")] = False,
+    backends: Annotated[
+        bool, typer.Option("--backends", help="Which kernels run here, and why others do not.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bytes and true bits by part, losses and calibration coverage per layer; or, with --backends, the kernels."""
@@ -237,7 +251,10 @@ def _show_report(report: dict[str, Any]) -> None:
         table.add_row(part, f"{row['bytes']:,}", f"{row['weights']:,}", f"{row['bits_per_weight']:.3f}")
     out.print(table)
     bits = report["bits_per_expert_weight"]
-    out.print(f"all files: {report['total_bytes']:,} bytes; compressed experts: {bits:.4f} bits per weight, all included")
+    out.print(
+        f"all files: {report['total_bytes']:,} bytes; compressed experts: {bits:.4f} bits per weight, all included",
+        soft_wrap=True,
+    )
 
 
 def _show_layers(report: dict[str, Any]) -> None:
@@ -272,7 +289,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         print(json.dumps({"tensors": whole, "problems": [{"where": p.where, "message": p.message} for p in problems]}))
     else:
         for problem in problems:
-            err.print(problem.message, style="bold red", markup=False, highlight=False)
+            err.print(problem.message, style="bold red", markup=False, highlight=False, soft_wrap=True)
         out.print(f"{folder}: {whole} tensors whole, {len(problems)} problems", markup=False, highlight=False)
     if problems:
         raise typer.Exit(1)

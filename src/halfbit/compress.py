@@ -57,7 +57,7 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Began:
-    """The run starts: `matrices` in `blocks` blocks, of which `resumed` were committed by an earlier part of the run."""
+    """The run starts: `matrices` in `blocks` blocks, of which `resumed` were committed by an earlier run."""
 
     folder: Path
     blocks: int
@@ -129,7 +129,8 @@ def compress(
     rules = {path: _rules(recipe, stack) for path, stack in family.experts.items()}
     if not any(rules.values()):
         raise RecipeError(
-            f"{source}: no weight matches a rule of recipe {recipe.name!r} ({', '.join(r.match for r in recipe.rules)}); "
+            f"{source}: no weight matches a rule of recipe {recipe.name!r} "
+            f"({', '.join(r.match for r in recipe.rules)}); "
             f"this model has {f'experts at {next(iter(rules))}' if rules else 'no experts modules'}"
         )
     compressed = _compressed(claims, [family.experts[path] for path, pair in rules.items() if pair])
@@ -265,7 +266,8 @@ def _shards(reader: Reader, names: list[str]) -> list[list[str]]:
 def _decoded(group: Group, packed: dict[str, list[Packed]]) -> Group:
     """The group with the weights that inference will see."""
     dense = {
-        role: torch.stack([p.codec.decode(p) for p in matrices]).to(group.up.device) for role, matrices in packed.items()
+        role: torch.stack([p.codec.decode(p) for p in matrices]).to(group.up.device)
+        for role, matrices in packed.items()
     }
     return replace(group, up=dense["up"], down=dense["down"])
 

@@ -49,8 +49,9 @@ def load_model(source: str, *, dtype: torch.dtype | None = None, device: str = "
     try:
         config = AutoConfig.from_pretrained(source)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        dtype = dtype or (torch.float32 if device == "cpu" else config.dtype)
-        return auto.from_pretrained(source, dtype=dtype).to(device).eval()
+        chosen: Any = dtype or (torch.float32 if device == "cpu" else config.dtype)
+        model: Any = auto.from_pretrained(source, dtype=chosen)
+        return model.to(device).eval()
     except OSError as e:
         raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e
 

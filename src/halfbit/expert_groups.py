@@ -1,8 +1,8 @@
 """A group of experts: their weights, the Hessians of the tokens that the router sends them, and their outputs.
 
-What a rarely used expert is solved with is the recipe's `coverage`. The pooled Hessian that it shrinks towards is that of
-tokens spread over the whole layer; for the output projection these tokens go through the expert's own input projection,
-since the neurons of two experts have nothing to do with each other.
+What a rarely used expert is solved with is the recipe's `coverage`. The pooled Hessian that it shrinks towards is that
+of tokens spread over the whole layer; for the output projection these tokens go through the expert's own input
+projection, since the neurons of two experts have nothing to do with each other.
 """
 
 from collections.abc import Callable
@@ -185,9 +185,7 @@ def _hessians(
     return h
 
 
-def _solve(
-    w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], notices: list[str]
-) -> list[Solution]:
+def _solve(w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], notices: list[str]) -> list[Solution]:
     assert rule.grid is not None
     if rule.solver == "rtn":
         return rtn(w, h, rule.grid, names=names)

@@ -1,7 +1,7 @@
 """The calibration samples on their way through one part of a model, block by block.
 
-A block with experts runs twice: once up to the experts' door, to learn what each expert is given, and once more with the
-compressed experts' outputs in their place, so that no more than a group of experts is ever on the device.
+A block with experts runs twice: once up to the experts' door, to learn what each expert is given, and once more with
+the compressed experts' outputs in their place, so that no more than a group of experts is ever on the device.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class _Door(Exception):
     """Ends a block's forward where its experts would start."""
 
 
-class _answering:  # noqa: N801 (reads as a statement: `with _answering(...)`)
+class _answering:
     """Within it, submodules of a block answer with other functions."""
 
     def __init__(self, module: nn.Module, block: str, functions: dict[str, Callable[..., Tensor]]):

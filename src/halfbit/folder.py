@@ -155,7 +155,9 @@ def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iter
                 if got != [entry["dtype"], entry["shape"]]:
                     yield Problem(name, f"{name}: expected {entry['dtype']} {entry['shape']}, got {got[0]} {got[1]}")
                 elif checksum(tensor) != entry["sha256"]:
-                    yield Problem(name, f"{name}: checksum differs from the manifest's; the file {path.name} is damaged")
+                    yield Problem(
+                        name, f"{name}: checksum differs from the manifest's; the file {path.name} is damaged"
+                    )
                 else:
                     yield name
             for extra in sorted(present - set(names)):

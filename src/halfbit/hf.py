@@ -44,10 +44,10 @@ class HalfbitQuantizer(HfQuantizer):
     """Puts PackedExperts in the place of experts modules before transformers loads the weights."""
 
     requires_calibration = True
-    quantization_config: HalfbitConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         stacks = find_experts(model)
+        assert isinstance(self.quantization_config, HalfbitConfig)
         for path, projections in self.quantization_config.modules.items():
             if path not in stacks:
                 raise FormatError(f"config.json: packed module {path} is no experts module of {type(model).__name__}")
@@ -84,7 +84,8 @@ def packed_experts(stack: ExpertStack, original: nn.Module, projections: dict[st
     """PackedExperts on the meta device, to be loaded, from one module's entry in the config."""
     if set(projections) != set(stored_names(stack)):
         raise FormatError(
-            f"config.json: {stack.path}: expected projections {', '.join(stored_names(stack))}, got {', '.join(projections)}"
+            f"config.json: {stack.path}: expected projections {', '.join(stored_names(stack))}, "
+            f"got {', '.join(projections)}"
         )
     matrices = {}
     with torch.device("meta"):

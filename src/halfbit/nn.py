@@ -259,9 +259,9 @@ class PackedExperts(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         hidden, index, weights = self.stack.route(args, kwargs)
         up, down = self.matrix(self._up), self.matrix(self._down)
-        biases = [
+        up_bias, down_bias = (
             torch.cat([self.get_parameter(n) for n in names], dim=-1) if names else None for names in self._biases
-        ]
+        )
         experts = self.stack.num_experts
         if self._named_gate is not None:
             gate, numbers = self._named_gate
@@ -271,7 +271,8 @@ class PackedExperts(nn.Module):
                 weights,
                 up.operands(),
                 down.operands(),
-                *biases,
+                up_bias,
+                down_bias,
                 up.codec_config,
                 down.codec_config,
                 experts,
@@ -281,7 +282,7 @@ class PackedExperts(nn.Module):
             )
         else:
             post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
-            out = experts_forward(hidden, index, weights, experts, up, down, self._gate, *biases, post)
+            out = experts_forward(hidden, index, weights, experts, up, down, self._gate, up_bias, down_bias, post)
         given = args[0] if args else kwargs[self.stack.arguments[0]]
         return out.view_as(given)
 

@@ -7,8 +7,8 @@
     grid = { name = "ternary" }
     codec = { name = "qmoe", p0 = 0.885 }
 
-Weights that no rule matches, or whose rule has no codec, are stored as they were. The recipe that made a model lies in its
-folder as `recipe.toml`, with every default filled in.
+Weights that no rule matches, or whose rule has no codec, are stored as they were. The recipe that made a model lies in
+its folder as `recipe.toml`, with every default filled in.
 """
 
 import tomllib
@@ -172,9 +172,9 @@ def _section(kind: type, table: Any, where: str) -> Any:
     _only(table, {f.name for f in fields(kind)}, where)
     for f in fields(kind):
         value = table.get(f.name, f.default)
-        wanted = (int, float) if f.type is float else f.type
-        if isinstance(value, bool) != (f.type is bool) or not isinstance(value, wanted):  # bool is an int in Python
-            raise RecipeError(f"{where}: {f.name} must be {f.type.__name__}, got {value!r}")
+        # not isinstance: bool is an int in Python; an int will do where a float is meant
+        if type(value) is not f.type and (f.type, type(value)) != (float, int):
+            raise RecipeError(f"{where}: {f.name} must be {getattr(f.type, '__name__', f.type)}, got {value!r}")
     return kind(**table)
 
 

@@ -35,7 +35,8 @@ INDEX = "model.safetensors.index.json"
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of the tensor's bytes as they lie in the file (row major, little endian)."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
