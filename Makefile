@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format docs bench clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
@@ -15,23 +15,27 @@ test: $(VENV)/installed
 	$(RUN) -m pytest -q
 
 check: $(VENV)/installed
-	$(VENV)/bin/ruff format --check src tests bench examples
-	$(VENV)/bin/ruff check src tests bench examples
+	$(VENV)/bin/ruff format --check src tests bench examples docs
+	$(VENV)/bin/ruff check src tests bench examples docs
 	$(VENV)/bin/pyright
 	$(RUN) -m pytest -q -m 'not slow'
 
 format: $(VENV)/installed
-	$(VENV)/bin/ruff format src tests bench examples
-	$(VENV)/bin/ruff check --fix src tests bench examples
+	$(VENV)/bin/ruff format src tests bench examples docs
+	$(VENV)/bin/ruff check --fix src tests bench examples docs
+
+docs: $(VENV)/installed
+	$(RUN) docs/generate.py
 
 bench: $(VENV)/installed
 	$(RUN) bench/products.py
 
-# pip, not its build isolation: the lock file also pins what the extension is built with
+# without pip's build isolation: the lock file also pins what the extension is built with, CMake included
 $(VENV)/installed: requirements.lock $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -19,18 +19,14 @@ are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16 re
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
+import record
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -41,9 +37,6 @@ from halfbit.formats.qmoe.dictionary import dictionary
 
 SHAPES = [(2080, 6144), (6144, 2080)]  # Switch c2048's wo and wi, [out, in]
 ZEROS = 0.885
-COLUMNS = ["date", "commit", "machine", "bench", "shape", "tokens", "threads", "what", "seconds", "ratio_to_bf16"]
-COLUMNS += ["ratio_to_fp32", "note"]
-RESULTS = Path(__file__).parent / "results.csv"
 
 
 def ternary(rows: int, columns: int, seed: int) -> Tensor:
@@ -107,20 +100,6 @@ class Case:
         return times
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    name = (
-        f"{facts.get('model name', platform.processor())} family {facts.get('cpu family')} model {facts.get('model')}"
-    )
-    return f"{name}, {torch.get_num_threads()} cores, {native.isa()}"
-
-
-def commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def table_rows(times: dict[str, list[float]], count: int, shape: str, tokens: int, threads: int) -> list[dict]:
     median = {what: statistics.median(t) for what, t in times.items()}
     rows = []
@@ -162,9 +141,8 @@ def main() -> None:
         raise SystemExit(f"nothing to time: {native.reason}")
     native.extension.set_isa(options.isa)
     torch.manual_seed(0)
-    where, rows = machine(), []
-    stamp = {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": where, "bench": "products"}
-    print(f"{where}, torch {torch.__version__}, {options.repetitions} repetitions, median and 10-90 % range")
+    rows = []
+    print(f"{record.machine()}, torch {torch.__version__}, {options.repetitions} repetitions, median and 10-90 % range")
     titles = " ".join(f"{what + ' ms':>20}" for what in ("qmoe", "bf16", "fp32"))
     print(f"{'shape':>10} {'tokens':>6} {'threads':>7} {titles}  of bf16  of fp32  ns/codeword")
     for out, columns in SHAPES:
@@ -173,7 +151,7 @@ def main() -> None:
         shape = f"{out}x{columns}"
         million = out * columns / case.encode_seconds / 1e6
         encode = {"shape": shape, "threads": 1, "what": "encode", "seconds": f"{case.encode_seconds:.6f}"}
-        rows.append(stamp | encode | {"note": f"{million:.0f} million weights/s, best of 5"})
+        rows.append(encode | {"note": f"{million:.0f} million weights/s, best of 5"})
         bits = 16 * case.codewords / (out * columns)
         print(f"{shape:>10} {case.count} matrices, {bits:.3f} bits per weight, encode {million:.0f} million weights/s")
         for threads in options.threads:
@@ -181,15 +159,10 @@ def main() -> None:
             for tokens in options.tokens:
                 case.check(tokens)
                 times = case.time(tokens, options.repetitions)
-                rows += [stamp | row for row in table_rows(times, case.count, shape, tokens, threads)]
+                rows += table_rows(times, case.count, shape, tokens, threads)
                 print(printed(times, case.codewords, shape, tokens, threads))
     if not options.dry_run:
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        record.append("products", rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from rich.table import Table
 
 import halfbit
 from halfbit import cli, recipe
-from halfbit.compress import compress, load_tokenizer
+from halfbit.compress import compress
+from halfbit.samples import load_tokenizer
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny-moe"

@@ -21,15 +21,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 import halfbit
 from halfbit import recipe
-from halfbit.calibration import causal_samples, windows
-from halfbit.compress import Began, BlockBegan, Event, Noticed, Solved, compress
+from halfbit.compress import compress
 from halfbit.errors import CoverageError
 from halfbit.evaluate import measure
+from halfbit.events import Began, BlockBegan, Event, Noticed, Solved
 from halfbit.families import open_family
 from halfbit.folder import Problem
 from halfbit.nn import PackedExperts, PackedMatrix
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe
+from halfbit.samples import causal_samples, windows
 
 EAGER = {"experts_implementation": "eager"}
 WORDS = [f"w{i}" for i in range(40)]

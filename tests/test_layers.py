@@ -6,13 +6,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 
 LAYERS = (
-    {"errors", "types", "native"},
+    {"errors", "types", "native", "events"},
     {"registry", "bits", "config", "dequantize"},
     {"grids", "reader", "writer", "experts"},
     {"solve", "formats", "claims", "blocks"},
     {"recipe", "family"},
     {"families"},
-    {"calibration", "nn"},
+    {"activations", "samples", "nn"},
     {"flow", "expert_groups"},
     {"compress", "folder"},
     {"evaluate"},

@@ -20,13 +20,14 @@ from rich.table import Table
 
 from halfbit import native
 from halfbit import recipe as recipes
-from halfbit.compress import Began, BlockBegan, Event, Finished, Noticed, Solved, load_tokenizer
 from halfbit.compress import compress as run_compress
 from halfbit.errors import HalfbitError, Unsupported
 from halfbit.evaluate import evaluate, load_model
+from halfbit.events import Began, BlockBegan, Event, Finished, Noticed, Solved
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
+from halfbit.samples import load_tokenizer
 
 app = typer.Typer(
     help="Compress large language models until they fit the hardware you have, and run them compressed.",
@@ -86,6 +87,7 @@ def compress(
     samples: Annotated[int | None, typer.Option(help="Calibration samples. [recipe: 128]")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sample. [the model's, at most 2048]")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw samples with this seed. [the text's first, in order]")] = None,
+    corruption: Annotated[str | None, typer.Option(help="Of encoder-decoder models: t5 or fixed. [recipe: t5]")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -97,7 +99,7 @@ def compress(
     Example:
     halfbit compress examples/tiny-moe out --calibration examples/tiny-moe/calibration.txt --sequence-length 256
     """
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     report = inspect_folder(folder)
@@ -142,11 +144,13 @@ def evaluate_command(
     folder: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
     text: Annotated[str, typer.Option(help="Text file, .jsonl with 'text', or data set name.")],
     against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window. [the model's, at most 2048]")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]")] = 0,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens per window. [the model's, at most 2048]", show_default=False)
+    ] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]", show_default=False)] = 0,
     seed: Annotated[int, typer.Option(help="Of the span corruption (encoder-decoder models).")] = 0,
     corruption: Annotated[
-        str, typer.Option(help="t5: random spans; fixed: spans of 3 (encoder-decoder models).")
+        str, typer.Option(help="Of encoder-decoder models: t5 (random spans) or fixed (3 tokens).")
     ] = "t5",
     device: Device = "auto",
     as_json: AsJson = False,

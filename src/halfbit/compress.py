@@ -15,7 +15,7 @@ same arguments; committed blocks are read back instead of solved.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -23,22 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from halfbit import formats
-from halfbit.calibration import (
-    Activations,
-    Routed,
-    Sample,
-    SpanCorruption,
-    causal_samples,
-    fingerprint,
-    read_text,
-    tokenize,
-    windows,
-)
+from halfbit.activations import Activations, Routed
 from halfbit.claims import Claims
 from halfbit.errors import CalibrationError, RecipeError
+from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
 from halfbit.expert_groups import Group, max_tokens, solve
 from halfbit.experts import ExpertStack
 from halfbit.families import open_family
@@ -47,60 +37,13 @@ from halfbit.flow import Flow
 from halfbit.nn import stored_name, stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
+from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 from halfbit.types import Packed
 from halfbit.writer import FORMAT_VERSION, Writer
 
 ROLES = ("up", "down")
 # of the files that hold what lies outside the blocks
 SHARD_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class Began:
-    """The run starts: `matrices` in `blocks` blocks, of which `resumed` were committed by an earlier run."""
-
-    folder: Path
-    blocks: int
-    matrices: int
-    resumed: int
-
-
-@dataclass(frozen=True)
-class BlockBegan:
-    block: str
-    number: int
-    resumed: bool
-
-
-@dataclass(frozen=True)
-class Solved:
-    """One matrix is decided; `loss` is tr(dW H dW^T) / tr(W H W^T), `tokens` what it was trained on."""
-
-    matrix: str
-    loss: float
-    bits_per_weight: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Noticed:
-    """Something a user should know that does not stop the run."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    block: str
-    number: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    folder: Path
-
-
-Event = Began | BlockBegan | Solved | Noticed | BlockDone | Finished
 
 
 def compress(
@@ -138,9 +81,8 @@ def compress(
     samples: list[Sample] = []
     if any(rule.solver != "rtn" for pair in rules.values() if pair for rule in pair):
         if recipe.calibration.sequence_length == 0:
-            recipe = recipe.calibrated(sequence_length=_sequence_length(family.config))
-        documents = _documents(calibration)
-        samples = _samples(reader, revision, family.config, recipe, documents, str(calibration))
+            recipe = recipe.calibrated(sequence_length=longest(family.config))
+        documents, samples = _samples(reader, family, recipe, calibration)
     about = {
         "halfbit": version("halfbit"),
         "source": Path(source).name,
@@ -328,49 +270,24 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
     return first, last
 
 
-def _documents(calibration: str | None) -> list[str]:
-    if calibration is None:
+def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None) -> tuple[list[str], list[Sample]]:
+    """The calibration text, and the samples that the recipe wants of it."""
+    if source is None:
         raise CalibrationError(
             "this recipe looks at data: give --calibration FILE (text or .jsonl) or a data set name; "
             "text like what the model will meet serves best"
         )
-    return read_text(calibration)
-
-
-def _sequence_length(config: Any) -> int:
-    return min(getattr(config.get_text_config(), "max_position_embeddings", None) or 512, 2048)
+    c, documents = recipe.calibration, read_text(source)
+    tokenizer = load_tokenizer(reader.source, reader.revision)
+    rows = windows(tokenize(tokenizer, documents), c.samples, c.sequence_length, c.seed, origin=source)
+    found = samples_of(rows, tokenizer, family.config, seed=c.seed, corruption=c.corruption, origin=source)
+    return documents, found if c.mask_special else [s.unmasked() for s in found]
 
 
 def _compute_dtype(reader: Reader, device: str) -> torch.dtype:
     """float32 on a CPU, where half precision is slow and less exact; the model's own dtype elsewhere, as QMoE."""
     named = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"
     return torch.float32 if device == "cpu" else getattr(torch, named)
-
-
-def _samples(
-    reader: Reader, revision: str | None, config: Any, recipe: Recipe, documents: list[str], origin: str
-) -> list[Sample]:
-    c, text = recipe.calibration, config.get_text_config()
-    tokenizer = load_tokenizer(reader.source, revision)
-    rows = windows(tokenize(tokenizer, documents), c.samples, c.sequence_length, c.seed, origin=origin)
-    if int(rows.max()) >= text.vocab_size:
-        raise CalibrationError(
-            f"{origin}: the tokenizer gave id {int(rows.max())}, the model has {text.vocab_size} embeddings; "
-            "tokenizer and model do not belong together"
-        )
-    if config.is_encoder_decoder:
-        found = SpanCorruption.of(tokenizer, config, c.corruption).samples(rows, c.seed)
-    else:
-        found = causal_samples(rows, tokenizer.all_special_ids)
-    return found if c.mask_special else [s.unmasked() for s in found]
-
-
-def load_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model folder or hub id. Raises CalibrationError when it cannot be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError) as e:
-        raise CalibrationError(f"{source}: the tokenizer could not be loaded: {e}") from e
 
 
 def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], device: str) -> str:

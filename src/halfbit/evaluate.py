@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from halfbit.calibration import Sample, SpanCorruption, causal_samples, read_text, tokenize, windows
-from halfbit.compress import load_tokenizer
 from halfbit.errors import CalibrationError, CheckpointError
+from halfbit.samples import Sample, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def evaluate(
     """
     model = load_model(source, device=device)
     original = load_model(against, device=device) if against else None
-    length = sequence_length or min(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 512, 2048)
+    length = sequence_length or longest(model.config)
     tokenizer = load_tokenizer(source)
     tokens = tokenize(tokenizer, read_text(text))
     if max_tokens:
@@ -89,10 +88,7 @@ def evaluate(
             "--sequence-length"
         )
     rows = windows(tokens, len(tokens) // length, length, origin=text)
-    if model.config.is_encoder_decoder:
-        samples = SpanCorruption.of(tokenizer, model.config, corruption).samples(rows, seed)
-    else:
-        samples = causal_samples(rows, [])
+    samples = samples_of(rows, tokenizer, model.config, seed=seed, corruption=corruption, origin=text)
     return measure(model, samples, original=original, batch=max(1, batch_tokens // length), device=device)
 
 

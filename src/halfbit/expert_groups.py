@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from halfbit.calibration import Routed
+from halfbit.activations import Routed
 from halfbit.errors import CoverageError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbit.activations import Activations, Routed
 from halfbit.blocks import Context, Stack
-from halfbit.calibration import Activations, Routed, Sample
 from halfbit.errors import NonFinite, Unsupported
 from halfbit.experts import ExpertStack
+from halfbit.samples import Sample
 
 # tokens that go through a block at a time
 BLOCK_TOKENS = 4096

@@ -47,8 +47,8 @@ class HalfbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         stacks = find_experts(model)
-        assert isinstance(self.quantization_config, HalfbitConfig)
-        for path, projections in self.quantization_config.modules.items():
+        config: Any = self.quantization_config
+        for path, projections in config.modules.items():
             if path not in stacks:
                 raise FormatError(f"config.json: packed module {path} is no experts module of {type(model).__name__}")
             model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))

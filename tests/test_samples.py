@@ -1,12 +1,12 @@
-"""Text to samples, span corruption, and the list buffer."""
+"""Text to samples, and span corruption."""
 
 import json
 
 import pytest
 import torch
 
-from halfbit.calibration import Activations, Routed, SpanCorruption, _random_spans, causal_samples, read_text, windows
 from halfbit.errors import CalibrationError
+from halfbit.samples import SpanCorruption, _random_spans, causal_samples, read_text, windows
 
 
 def test_windows_are_the_first_of_the_text_in_order() -> None:
@@ -104,45 +104,6 @@ def test_masked_are_the_sentinels_and_the_tokens_that_predict_them() -> None:
     assert torch.equal(sample.keep, sample.ids < 900)
     assert torch.equal(sample.decoder_keep, sample.labels < 900)
     assert not sample.decoder_keep[-1]
-
-
-def test_the_list_buffer_gives_views_of_one_tensor() -> None:
-    buffer = torch.arange(40.0).view(20, 2)
-    flow = Activations(buffer, [0, 4, 8, 12, 20], torch.ones(20, dtype=torch.bool))
-    assert flow.batches(8) == [range(0, 2), range(2, 3), range(3, 4)]
-    assert flow.batches(1) == [range(i, i + 1) for i in range(4)]
-    flow.view(range(1, 3)).fill_(-1)
-    assert (buffer[4:12] == -1).all()
-    assert (buffer[:4] >= 0).all()
-    assert (buffer[12:] >= 0).all()
-
-
-def test_routing_is_gathered_by_expert_and_replayed_in_place() -> None:
-    routed = Routed(num_experts=3)
-    first = torch.arange(8.0).view(4, 2)
-    routed.add(
-        first, torch.tensor([[0, 2], [3, 3], [2, 1], [9, 0]]), torch.rand(4, 2), torch.tensor([1, 1, 0, 1]).bool()
-    )
-    routed.add(first + 100, torch.tensor([[-1, 1], [0, 1], [3, -1], [2, 0]]), torch.rand(4, 2), torch.ones(4).bool())
-    routed.close()
-    assert routed.hidden[:, 0].tolist() == [0, 4, 6, 100, 102, 106]  # rows that no expert takes are not kept
-    assert routed.keep.tolist() == [True, False, True, True, True, True]
-    for expert in range(3):
-        rows, weights = routed.tokens_of(expert)
-        at = (routed.index == expert).nonzero()
-        assert rows.tolist() == at[:, 0].tolist()
-        assert torch.equal(weights, routed.weights[at[:, 0], at[:, 1]])
-    one, two = routed.replay(routed.hidden * 10)
-    assert one.tolist() == [[0, 10], [0, 0], [40, 50], [60, 70]]
-    assert two.tolist() == [[1000, 1010], [1020, 1030], [0, 0], [1060, 1070]]
-
-
-def test_a_module_given_every_token_once_per_expert_masks_by_token() -> None:
-    """Llama 4 repeats the tokens for each expert; row r is token r modulo the number of tokens."""
-    routed = Routed(num_experts=2)
-    index = torch.tensor([[0], [2], [0], [2], [1], [1]])
-    routed.add(torch.rand(6, 2), index, torch.ones(6, 1), torch.tensor([True, False, False]))
-    assert routed.close().keep.tolist() == [True, False, False, False]
 
 
 def test_a_data_set_name_without_the_library_says_what_to_install(monkeypatch) -> None:

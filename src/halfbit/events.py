@@ -1,0 +1,52 @@
+"""What happens during a run, in the order in which it happens: the loop yields these and prints nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Began:
+    """The run starts: `matrices` in `blocks` blocks, of which `resumed` were committed by an earlier run."""
+
+    folder: Path
+    blocks: int
+    matrices: int
+    resumed: int
+
+
+@dataclass(frozen=True)
+class BlockBegan:
+    block: str
+    number: int
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One matrix is decided; `loss` is tr(dW H dW^T) / tr(W H W^T), `tokens` what it was trained on."""
+
+    matrix: str
+    loss: float
+    bits_per_weight: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """Something a user should know that does not stop the run."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    block: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+
+
+Event = Began | BlockBegan | Solved | Noticed | BlockDone | Finished
