@@ -52,12 +52,14 @@ class Routed:
 
     Attributes (after `close`):
         hidden: `[rows, width]` CPU; the rows that at least one expert takes.
+        outputs: `[rows, width]` CPU; what the experts answered, added up group by group by whoever runs them.
         index, weights: `[rows, top_k]`, the experts of each row and how much they count; outside [0, experts) = none.
         keep: bool `[rows]`, the rows that may enter a Hessian.
     """
 
     num_experts: int
     hidden: Tensor = field(init=False)
+    outputs: Tensor = field(init=False)
     index: Tensor = field(init=False)
     weights: Tensor = field(init=False)
     keep: Tensor = field(init=False)
@@ -77,6 +79,7 @@ class Routed:
 
     def close(self) -> "Routed":
         self.hidden, self.index, self.weights, self.keep = (torch.cat(p) for p in zip(*self._parts, strict=True))
+        self.outputs = torch.zeros_like(self.hidden)
         self._parts.clear()
         expert, self._order = torch.sort(self.index.reshape(-1), stable=True)
         self._starts = torch.searchsorted(expert, torch.arange(self.num_experts + 1)).tolist()
@@ -87,11 +90,11 @@ class Routed:
         taken = self._order[self._starts[expert] : self._starts[expert + 1]]
         return taken // self.index.shape[1], self.weights.reshape(-1)[taken]
 
-    def replay(self, outputs: Tensor) -> Iterator[Tensor]:
-        """`outputs` `[rows, width]` cut into what each recorded call should have returned."""
+    def replay(self) -> Iterator[Tensor]:
+        """`outputs` cut into what each recorded call should have returned."""
         done = 0
         for rows, total in self._places:
-            part = outputs.new_zeros(total, outputs.shape[1])
-            part[rows] = outputs[done : done + len(rows)]
+            part = self.outputs.new_zeros(total, self.outputs.shape[1])
+            part[rows] = self.outputs[done : done + len(rows)]
             done += len(rows)
             yield part

@@ -123,8 +123,8 @@ def show_progress(events: Any) -> None:
         event: Event
         for event in events:
             match event:
-                case Began(matrices=matrices, blocks=blocks, resumed=resumed):
-                    progress.update(task, total=matrices)
+                case Began(matrices=matrices, blocks=blocks, resumed=resumed, solved=solved):
+                    progress.update(task, total=matrices, completed=solved)
                     if resumed:
                         progress.console.print(f"continuing: {resumed} of {blocks} blocks are done", markup=False)
                 case BlockBegan(block=block, resumed=resumed):
@@ -134,7 +134,7 @@ def show_progress(events: Any) -> None:
                 case Noticed(message=message):
                     progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
                 case Finished(folder=folder):
-                    progress.update(task, description="done", completed=progress.tasks[0].total)
+                    progress.update(task, description="done")
                     progress.console.print(f"written: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -15,7 +15,6 @@ same arguments; committed blocks are read back instead of solved.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -41,7 +40,6 @@ from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_t
 from halfbit.types import Packed
 from halfbit.writer import FORMAT_VERSION, Writer
 
-ROLES = ("up", "down")
 # of the files that hold what lies outside the blocks
 SHARD_BYTES = 2 << 30
 
@@ -96,7 +94,11 @@ def compress(
         blocks=len(blocks),
         matrices=sum(2 * family.experts[path].num_experts for path, pair in rules.items() if pair),
         resumed=sum(map(writer.has, blocks)),
+        solved=len(writer.manifest["matrices"]),
     )
+    if writer.complete:
+        yield Finished(writer.folder)
+        return
 
     encoded: Activations | None = None
     if samples:
@@ -108,10 +110,16 @@ def compress(
             stored = writer.read(block) if writer.has(block) else None
             yield BlockBegan(block, number, resumed=stored is not None)
             module = family.load_block(block, device, dtype) if flow else None
-            for path, stack in family.experts.items():
-                if path.startswith(f"{block}."):
-                    routed = flow.capture(block, module, stack) if flow and module is not None else None
-                    yield from _experts(family, stack, rules[path], recipe, routed, writer, stored, device, flow)
+            for stack in family.experts_of(block):
+                pair = rules[stack.path]
+                routed = flow.capture(block, module, stack) if flow and module is not None else None
+                if stored is None and pair:
+                    yield from _solve(family, stack, pair, recipe, routed, writer, device)
+                elif routed is not None:
+                    back = _stored(stack, writer, stored) if stored is not None and pair else None
+                    _run(family, stack, back, recipe, routed, device)
+                if flow and routed is not None:
+                    flow.give(stack, routed)
             if stored is None:
                 for name in claims.tensors_of(block):
                     if name not in compressed:
@@ -133,56 +141,52 @@ def compress(
     yield Finished(writer.folder)
 
 
-def _experts(
+def _solve(
     family: Family,
     stack: ExpertStack,
-    rules: tuple[Rule, Rule] | None,
+    rules: tuple[Rule, Rule],
     recipe: Recipe,
     routed: Routed | None,
     writer: Writer,
-    stored: dict[str, Tensor] | None,
     device: str,
-    flow: Flow | None,
 ) -> Iterator[Event]:
-    """Solve (or read back) the experts of one module, group by group, and hand their outputs to the flow."""
-    outputs = torch.zeros_like(routed.hidden) if routed else None
-    packed: dict[str, list[Packed]] = {role: [] for role in ROLES}
-    kept = {role: _stored(stack, role, writer, stored) for role in ROLES} if stored is not None and rules else None
+    """Solve and write the experts of one module, group by group; their outputs go to `routed`."""
+    packed: tuple[list[Packed], list[Packed]] = ([], [])
     tokens: list[int] = []
-    module = family.model.get_submodule(stack.path)
-    if kept is not None and routed is None:
-        return
-    step = recipe.solving.experts_per_batch
-    for start in range(0, stack.num_experts, step):
-        experts = range(start, min(start + step, stack.num_experts))
-        if routed is None and not rules:
-            return
-        group = Group.read(family, stack, module, experts, device)
-        if kept is not None:
-            group = _decoded(group, {role: [_rows(kept[role], stack, e) for e in experts] for role in ROLES})
-        elif rules:
-            solved = solve(group, rules, recipe, routed)
-            yield from map(Noticed, solved.notices)
-            tokens += solved.tokens
-            fresh: dict[str, list[Packed]] = {}
-            for role, rule, solutions in zip(ROLES, rules, (solved.up, solved.down), strict=True):
-                assert rule.codec is not None
-                fresh[role] = [rule.codec.encode(s) for s in solutions]
-                for name, solution, p, n in zip(group.names, solutions, fresh[role], solved.tokens, strict=True):
-                    matrix = f"{name}.{stored_names(stack)[ROLES.index(role)]}"
-                    fact = {"loss": solution.loss, "bits_per_weight": p.bits_per_weight, "tokens": n}
-                    writer.record("matrices", matrix, fact)
-                    yield Solved(matrix, solution.loss, p.bits_per_weight, n)
-                packed[role] += fresh[role]
-            group = _decoded(group, fresh)
-        if routed is not None and outputs is not None:
-            group.add_outputs(routed, outputs)
-    if kept is None and rules:
-        _write(stack, packed, writer)
+    for experts in _groups(stack, recipe):
+        group = Group.read(family, stack, experts, device)
+        solved = solve(group, rules, recipe, routed)
+        yield from map(Noticed, solved.notices)
+        tokens += solved.tokens
+        for role, (rule, solutions) in enumerate(zip(rules, (solved.up, solved.down), strict=True)):
+            assert rule.codec is not None
+            for name, solution, n in zip(group.names, solutions, solved.tokens, strict=True):
+                matrix, encoded = f"{name}.{stored_names(stack)[role]}", rule.codec.encode(solution)
+                packed[role].append(encoded)
+                fact = {"loss": solution.loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
+                writer.record("matrices", matrix, fact)
+                yield Solved(matrix, solution.loss, encoded.bits_per_weight, n)
         if routed is not None:
-            writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
-    if flow and routed is not None and outputs is not None:
-        flow.give(stack, routed, outputs)
+            group.decoded(*(p[experts.start :] for p in packed)).run(routed)
+    _write(stack, packed, writer)
+    if routed is not None:
+        writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
+
+
+def _run(
+    family: Family, stack: ExpertStack, stored: list[Packed] | None, recipe: Recipe, routed: Routed, device: str
+) -> None:
+    """The outputs of experts that are not to be solved: read back from an earlier run, or left as they were."""
+    for experts in _groups(stack, recipe):
+        group = Group.read(family, stack, experts, device)
+        if stored is not None:
+            group = group.decoded(*([_rows(whole, stack, e) for e in experts] for whole in stored))
+        group.run(routed)
+
+
+def _groups(stack: ExpertStack, recipe: Recipe) -> list[range]:
+    step = recipe.solving.experts_per_batch
+    return [range(i, min(i + step, stack.num_experts)) for i in range(0, stack.num_experts, step)]
 
 
 def _compressed(claims: Claims, stacks: Iterable[ExpertStack]) -> set[str]:
@@ -205,20 +209,12 @@ def _shards(reader: Reader, names: list[str]) -> list[list[str]]:
     return shards
 
 
-def _decoded(group: Group, packed: dict[str, list[Packed]]) -> Group:
-    """The group with the weights that inference will see."""
-    dense = {
-        role: torch.stack([p.codec.decode(p) for p in matrices]).to(group.up.device)
-        for role, matrices in packed.items()
-    }
-    return replace(group, up=dense["up"], down=dense["down"])
-
-
-def _write(stack: ExpertStack, packed: dict[str, list[Packed]], writer: Writer) -> None:
+def _write(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
+    """The matrices of all experts of a module, one above another, and their entry in the config."""
     entry = {}
-    for role, projection in zip(ROLES, stored_names(stack), strict=True):
-        first = packed[role][0]
-        whole = first.codec.concatenate(packed[role])
+    for matrices, projection in zip(packed, stored_names(stack), strict=True):
+        first = matrices[0]
+        whole = first.codec.concatenate(matrices)
         for part, tensor in whole.tensors.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = {
@@ -229,14 +225,14 @@ def _write(stack: ExpertStack, packed: dict[str, list[Packed]], writer: Writer) 
     writer.record("packed", stack.path, entry)
 
 
-def _stored(stack: ExpertStack, role: str, writer: Writer, tensors: dict[str, Tensor] | None) -> Packed:
-    """A committed projection of all experts, as the tall matrix that lies in the file."""
-    assert tensors is not None
-    projection = stored_names(stack)[ROLES.index(role)]
-    entry = writer.manifest["packed"][stack.path][projection]
-    experts, out, columns = entry["shape"]
-    parts = {k: tensors[stored_name(stack.path, projection, k)] for k in entry["tensors"]}
-    return Packed(formats.from_config(entry["codec"]), (experts * out, columns), parts)
+def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:
+    """What an earlier run wrote of a module: input and output projection, as the tall matrices that lie in the file."""
+    found = []
+    for projection, entry in writer.manifest["packed"][stack.path].items():
+        experts, out, columns = entry["shape"]
+        parts = {k: tensors[stored_name(stack.path, projection, k)] for k in entry["tensors"]}
+        found.append(Packed(formats.from_config(entry["codec"]), (experts * out, columns), parts))
+    return found
 
 
 def _rows(whole: Packed, stack: ExpertStack, expert: int) -> Packed:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Began:
-    """The run starts: `matrices` in `blocks` blocks, of which `resumed` were committed by an earlier run."""
+    """The run starts: `matrices` in `blocks` blocks, of which `solved` and `resumed` come from an earlier run."""
 
     folder: Path
     blocks: int
     matrices: int
     resumed: int
+    solved: int
 
 
 @dataclass(frozen=True)

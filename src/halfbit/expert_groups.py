@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfbit.activations import Routed
 from halfbit.errors import CoverageError
@@ -19,7 +19,7 @@ from halfbit.recipe import Coverage, Recipe, Rule
 from halfbit.solve.gptq import gptq
 from halfbit.solve.hessian import Hessian, shrink
 from halfbit.solve.rtn import rtn
-from halfbit.types import Solution
+from halfbit.types import Packed, Solution
 
 # tokens that go through one expert at a time
 EXPERT_TOKENS = 8192
@@ -48,7 +48,7 @@ class Group:
     post: Callable[[Tensor], Tensor] | None
 
     @classmethod
-    def read(cls, family: Family, stack: ExpertStack, module: nn.Module, experts: range, device: str) -> "Group":
+    def read(cls, family: Family, stack: ExpertStack, experts: range, device: str) -> "Group":
         """Weights by expert, straight from the shards."""
 
         def weights(projections: tuple[str, ...]) -> Tensor:
@@ -59,6 +59,7 @@ class Group:
             parts = [found[p].to(device, torch.float32) for p in projections if p in found]
             return torch.cat(parts, dim=1) if parts else None
 
+        module = family.model.get_submodule(stack.path)
         found = family.expert_biases(stack, experts.start, experts.stop)
         return cls(
             experts=experts,
@@ -82,18 +83,26 @@ class Group:
         y = y if self.down_bias is None else y + self.down_bias[i]
         return y if self.post is None else self.post(y)
 
-    def add_outputs(self, routed: Routed, outputs: Tensor) -> None:
-        """Add every expert's weighted outputs for all of its tokens to `outputs` `[rows, width]`, in place."""
+    def decoded(self, up: list[Packed], down: list[Packed]) -> "Group":
+        """The group with the weights that inference will see, one packed matrix per expert and role."""
+
+        def dense(matrices: list[Packed]) -> Tensor:
+            return torch.stack([p.codec.decode(p) for p in matrices]).to(self.up.device)
+
+        return replace(self, up=dense(up), down=dense(down))
+
+    def run(self, routed: Routed) -> None:
+        """Add every expert's weighted outputs for all of its tokens to `routed.outputs`."""
         for i, expert in enumerate(self.experts):
             rows, weights = routed.tokens_of(expert)
             for chunk, weight in zip(rows.split(EXPERT_TOKENS), weights.split(EXPERT_TOKENS), strict=True):
                 y = self.output(i, routed.hidden[chunk].to(self.up)) * weight.to(self.up)[:, None]
-                outputs.index_add_(0, chunk, y.to(outputs))
+                routed.outputs.index_add_(0, chunk, y.to(routed.outputs))
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedGroup:
-    """What was decided: solutions by role ("up", "down"), one per expert; training tokens per expert; notices."""
+    """What was decided: solutions, one per expert, on the CPU; training tokens per expert; notices."""
 
     up: list[Solution]
     down: list[Solution]
@@ -188,9 +197,9 @@ def _hessians(
 def _solve(w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], notices: list[str]) -> list[Solution]:
     assert rule.grid is not None
     if rule.solver == "rtn":
-        return rtn(w, h, rule.grid, names=names)
+        return [_on_cpu(s) for s in rtn(w, h, rule.grid, names=names)]
     solving = recipe.solving
-    return gptq(
+    found = gptq(
         w,
         h,
         rule.grid,
@@ -199,3 +208,8 @@ def _solve(w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], n
         block=solving.block,
         on_repair=lambda r: notices.append(f"{r.name}: its Hessian needed repair: {r.action}, damping {r.damping:g}"),
     )
+    return [_on_cpu(s) for s in found]
+
+
+def _on_cpu(solution: Solution) -> Solution:
+    return replace(solution, codes=solution.codes.cpu(), params={k: v.cpu() for k, v in solution.params.items()})

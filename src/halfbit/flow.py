@@ -96,9 +96,9 @@ class Flow:
                 raise Unsupported(f"{stack.path}: the block ran without calling these experts; cannot calibrate them")
         return routed.close()
 
-    def give(self, stack: ExpertStack, routed: Routed, outputs: Tensor) -> None:
-        """The outputs of the compressed `stack` `[rows of routed, width]`, to be replayed in its place."""
-        self._replays[stack.path] = list(routed.replay(outputs))
+    def give(self, stack: ExpertStack, routed: Routed) -> None:
+        """The outputs of the compressed `stack`, to be replayed in its place."""
+        self._replays[stack.path] = list(routed.replay())
 
     def advance(self, block: str, module: nn.Module) -> None:
         """All samples through the block, with what was given in the experts' place."""
