@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import halfbit
 from halfbit import cli, recipe
@@ -24,6 +25,7 @@ PROMPTS = ("The old house at the end of the road", "She opened the letter and", 
 
 def main() -> None:
     """Compress, measure, generate."""
+    disable_progress_bar()
     console = Console()
     shutil.rmtree(OUT, ignore_errors=True)
     chosen = recipe.load("qmoe").calibrated(samples=128, sequence_length=256)
@@ -61,7 +63,7 @@ def folder_bytes(folder: Path) -> int:
 
 def write(folder: Path, prompt: str, tokens: int) -> str:
     """Greedy text after the prompt, with a little variety forced so that a model this small does not circle."""
-    model, tokenizer = halfbit.load_model(str(folder)), load_tokenizer(str(folder))
+    model, tokenizer = halfbit.load(str(folder)), load_tokenizer(str(folder))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     made = model.generate(ids, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.3)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).replace("\n", " ")
@@ -69,7 +71,7 @@ def write(folder: Path, prompt: str, tokens: int) -> str:
 
 def tokens_per_second(folder: Path, tokens: int = 64) -> float:
     """Of greedy generation, one sequence, the better of two runs."""
-    model = halfbit.load_model(str(folder))
+    model = halfbit.load(str(folder))
     ids = torch.arange(100, 116)[None]
     best = 0.0
     for _ in range(2):

@@ -156,6 +156,18 @@ def test_loading_a_damaged_folder_names_the_module(folder, tmp_path) -> None:
     assert "model.layers.0.mlp.experts.down_proj_packed" in err
 
 
+def test_loading_a_folder_that_lacks_a_weight_names_it(folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / "model-block-00002.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.2.self_attn.k_norm.weight"
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, _, err = call("generate", copy, "--prompt", "x")
+    assert code == 2
+    assert f"no file has the weight {name}" in err
+
+
 def model_copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 

@@ -9,8 +9,8 @@ Importing the package registers the quantizer "halfbit" with transformers.
 
 import halfbit.hf  # noqa: F401 (registration with transformers is what the import is for)
 from halfbit.compress import compress
-from halfbit.evaluate import evaluate, load_model
+from halfbit.evaluate import evaluate, load
 from halfbit.folder import inspect, verify
 from halfbit.recipe import Recipe
 
-__all__ = ["Recipe", "compress", "evaluate", "inspect", "load_model", "verify"]
+__all__ = ["Recipe", "compress", "evaluate", "inspect", "load", "verify"]

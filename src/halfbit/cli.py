@@ -17,12 +17,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import HalfbitError, Unsupported
-from halfbit.evaluate import evaluate, load_model
+from halfbit.evaluate import evaluate, load
 from halfbit.events import Began, BlockBegan, Event, Finished, Noticed, Solved
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
@@ -193,7 +194,7 @@ def generate(
     from transformers import TextIteratorStreamer
 
     where = _device(device)
-    model, tokenizer = load_model(folder, device=where), load_tokenizer(folder)
+    model, tokenizer = load(folder, device=where), load_tokenizer(folder)
     torch.manual_seed(seed)
     streamer = TextIteratorStreamer(
         tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True
@@ -300,6 +301,8 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
 
 
 def main() -> None:
+    # the bars of transformers would run through ours
+    disable_progress_bar()
     app()
 
 

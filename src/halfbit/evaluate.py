@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -41,7 +42,7 @@ class Evaluation:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def load_model(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
     """A model, compressed or not, in eval mode; float32 on a CPU by default, else the checkpoint's dtype."""
     if not Path(source).exists() and "/" not in source:
         raise CheckpointError(f"{source}: no such folder; give a model folder or a hub id such as org/name")
@@ -49,10 +50,14 @@ def load_model(source: str, *, dtype: torch.dtype | None = None, device: str = "
         config = AutoConfig.from_pretrained(source)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         chosen: Any = dtype or (torch.float32 if device == "cpu" else config.dtype)
-        model: Any = auto.from_pretrained(source, dtype=chosen)
-        return model.to(device).eval()
-    except OSError as e:
+        loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as e:
         raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e
+    model, info = loaded
+    # transformers only warns, and fills in random weights
+    for name in sorted(info["missing_keys"]):
+        raise CheckpointError(f"{source}: no file has the weight {name}; the folder is incomplete", tensor=name)
+    return model.to(device).eval()
 
 
 def evaluate(
@@ -75,8 +80,8 @@ def evaluate(
         max_tokens: of the text's beginning; 0: all of it.
         seed, corruption: of the span corruption (encoder-decoder models only); "t5" or "fixed".
     """
-    model = load_model(source, device=device)
-    original = load_model(against, device=device) if against else None
+    model = load(source, device=device)
+    original = load(against, device=device) if against else None
     length = sequence_length or longest(model.config)
     tokenizer = load_tokenizer(source)
     tokens = tokenize(tokenizer, read_text(text))
