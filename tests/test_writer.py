@@ -57,6 +57,9 @@ def test_an_unfinished_folder_is_no_model(tmp_path) -> None:
     writer.finish({"model_type": "x"}, [], "name = 'qmoe'\n")
     names = {"config.json", "model.safetensors.index.json", "recipe.toml", "block.safetensors", MANIFEST}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    assert begin(tmp_path / "out").complete
+    (tmp_path / "out" / "config.json").unlink()  # killed before the last file
+    assert not begin(tmp_path / "out").complete
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": "block.safetensors"}
 

@@ -97,7 +97,8 @@ class Writer:
 
     @property
     def complete(self) -> bool:
-        return self.manifest["complete"]
+        """Nothing is left to write; config.json is the last file."""
+        return self.manifest["complete"] and (self.folder / "config.json").is_file()
 
     def has(self, block: str) -> bool:
         """True when `block` was committed, in this run or an earlier part of it."""
