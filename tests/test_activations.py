@@ -1,5 +1,6 @@
 """The list buffer, and what experts were given."""
 
+import pytest
 import torch
 
 from halfbit.activations import Activations, Routed
@@ -16,8 +17,9 @@ def test_the_list_buffer_gives_views_of_one_tensor() -> None:
     assert (buffer[12:] >= 0).all()
 
 
-def test_routing_is_gathered_by_expert_and_replayed_in_place() -> None:
-    routed = Routed(num_experts=3)
+@pytest.mark.parametrize("capacity", [1, 6, 100])
+def test_routing_is_gathered_by_expert_and_replayed_in_place(capacity: int) -> None:
+    routed = Routed(num_experts=3, capacity=capacity)
     first = torch.arange(8.0).view(4, 2)
     routed.add(
         first, torch.tensor([[0, 2], [3, 3], [2, 1], [9, 0]]), torch.rand(4, 2), torch.tensor([1, 1, 0, 1]).bool()
@@ -32,14 +34,15 @@ def test_routing_is_gathered_by_expert_and_replayed_in_place() -> None:
         assert rows.tolist() == at[:, 0].tolist()
         assert torch.equal(weights, routed.weights[at[:, 0], at[:, 1]])
     routed.outputs += routed.hidden * 10
-    one, two = routed.replay()
+    routed.forget_inputs()
+    one, two = routed.answer(0), routed.answer(1)
     assert one.tolist() == [[0, 10], [0, 0], [40, 50], [60, 70]]
     assert two.tolist() == [[1000, 1010], [1020, 1030], [0, 0], [1060, 1070]]
 
 
 def test_a_module_given_every_token_once_per_expert_masks_by_token() -> None:
     """Llama 4 repeats the tokens for each expert; row r is token r modulo the number of tokens."""
-    routed = Routed(num_experts=2)
+    routed = Routed(num_experts=2, capacity=3)
     index = torch.tensor([[0], [2], [0], [2], [1], [1]])
     routed.add(torch.rand(6, 2), index, torch.ones(6, 1), torch.tensor([True, False, False]))
     assert routed.close().keep.tolist() == [True, False, False, False]

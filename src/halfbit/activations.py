@@ -4,8 +4,7 @@ One contiguous tensor with a view per sample (QMoE, arXiv 2310.16795, section 3.
 gather their tokens from all samples in one vectorised read; device memory follows one block and one group of experts.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,54 +32,78 @@ class Activations:
         rows = self.buffer[self.starts[batch.start] : self.starts[batch.stop]]
         return rows.view(len(batch), -1, rows.shape[-1])
 
+    def equal_runs(self, samples: range) -> list[range]:
+        """`samples` cut into runs of neighbours of equal length."""
+        runs: list[range] = []
+        for i in samples:
+            if runs and self._length(runs[-1].start) == self._length(i):
+                runs[-1] = range(runs[-1].start, i + 1)
+            else:
+                runs.append(range(i, i + 1))
+        return runs
+
     def batches(self, tokens: int) -> list[range]:
         """Runs of neighbouring samples of equal length, at most `tokens` tokens (one sample at least) each."""
-        found: list[range] = []
-        lengths = [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
-        for i, length in enumerate(lengths):
-            last = found[-1] if found else None
-            if last and lengths[last.start] == length and (len(last) + 1) * length <= tokens:
-                found[-1] = range(last.start, i + 1)
-            else:
-                found.append(range(i, i + 1))
+        found = []
+        for run in self.equal_runs(range(len(self))):
+            step = max(1, tokens // max(self._length(run.start), 1))
+            found += [range(i, min(i + step, run.stop)) for i in range(run.start, run.stop, step)]
         return found
 
+    def _length(self, sample: int) -> int:
+        return self.starts[sample + 1] - self.starts[sample]
 
-@dataclass(eq=False)
+
 class Routed:
     """What one experts module was given: a list buffer with routing. Accumulates batch by batch while a block runs.
+
+    Args:
+        num_experts: an index outside [0, num_experts) takes no expert.
+        capacity: rows expected; more are taken too, at the price of a copy.
 
     Attributes (after `close`):
         hidden: `[rows, width]` CPU; the rows that at least one expert takes.
         outputs: `[rows, width]` CPU; what the experts answered, added up group by group by whoever runs them.
-        index, weights: `[rows, top_k]`, the experts of each row and how much they count; outside [0, experts) = none.
+        index, weights: `[rows, top_k]`, the experts of each row and how much they count.
         keep: bool `[rows]`, the rows that may enter a Hessian.
     """
 
-    num_experts: int
-    hidden: Tensor = field(init=False)
-    outputs: Tensor = field(init=False)
-    index: Tensor = field(init=False)
-    weights: Tensor = field(init=False)
-    keep: Tensor = field(init=False)
-    _parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    _places: list[tuple[Tensor, int]] = field(default_factory=list)
-    _order: Tensor = field(init=False)
-    _starts: list[int] = field(init=False)
+    hidden: Tensor
+    outputs: Tensor
+    index: Tensor
+    weights: Tensor
+    keep: Tensor
+
+    def __init__(self, num_experts: int, capacity: int):
+        self.num_experts = num_experts
+        self._capacity, self._filled = capacity, 0
+        self._buffer: Tensor | None = None
+        self._routing: list[tuple[Tensor, Tensor, Tensor]] = []
+        # per call: where its rows begin in the buffer, which rows of the call they are, how many rows it had
+        self._calls: list[tuple[int, Tensor, int]] = []
 
     def add(self, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> None:
         """One call of the module; `keep` `[tokens]` repeats over `hidden`'s rows where a module is given every token
         once per expert (Llama 4)."""
         rows = ((index >= 0) & (index < self.num_experts)).any(dim=1).nonzero().squeeze(1)
-        self._places.append((rows.cpu(), hidden.shape[0]))
-        self._parts.append(
-            (hidden[rows].cpu(), index[rows].cpu(), weights[rows].cpu(), keep[rows.cpu() % keep.shape[0]])
-        )
+        start, self._filled = self._filled, self._filled + len(rows)
+        if self._buffer is None:
+            self._buffer = torch.empty(self._capacity, hidden.shape[1], dtype=hidden.dtype)
+        if self._filled > len(self._buffer):
+            more = self._buffer.new_empty(max(self._filled, 2 * len(self._buffer)), hidden.shape[1])
+            more[:start] = self._buffer[:start]
+            self._buffer = more
+        self._buffer[start : self._filled] = hidden[rows]
+        self._routing.append((index[rows].cpu(), weights[rows].cpu(), keep[rows.cpu() % keep.shape[0]]))
+        self._calls.append((start, rows.cpu(), hidden.shape[0]))
 
     def close(self) -> "Routed":
-        self.hidden, self.index, self.weights, self.keep = (torch.cat(p) for p in zip(*self._parts, strict=True))
+        """No more calls: the attributes are there."""
+        assert self._buffer is not None
+        self.hidden = self._buffer[: self._filled]
+        self.index, self.weights, self.keep = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
         self.outputs = torch.zeros_like(self.hidden)
-        self._parts.clear()
+        self._routing.clear()
         expert, self._order = torch.sort(self.index.reshape(-1), stable=True)
         self._starts = torch.searchsorted(expert, torch.arange(self.num_experts + 1)).tolist()
         return self
@@ -90,11 +113,14 @@ class Routed:
         taken = self._order[self._starts[expert] : self._starts[expert + 1]]
         return taken // self.index.shape[1], self.weights.reshape(-1)[taken]
 
-    def replay(self) -> Iterator[Tensor]:
-        """`outputs` cut into what each recorded call should have returned."""
-        done = 0
-        for rows, total in self._places:
-            part = self.outputs.new_zeros(total, self.outputs.shape[1])
-            part[rows] = self.outputs[done : done + len(rows)]
-            done += len(rows)
-            yield part
+    def answer(self, call: int) -> Tensor:
+        """What the `call`-th recorded call should have returned: its rows of `outputs`, zeros elsewhere."""
+        start, rows, total = self._calls[call]
+        whole = self.outputs.new_zeros(total, self.outputs.shape[1])
+        whole[rows] = self.outputs[start : start + len(rows)]
+        return whole
+
+    def forget_inputs(self) -> None:
+        """Free `hidden`; only answers are wanted from here on."""
+        self._buffer = None
+        self.hidden = self.outputs[:0]

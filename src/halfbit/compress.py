@@ -120,6 +120,7 @@ def compress(
                     _run(family, stack, back, recipe, routed, device)
                 if flow and routed is not None:
                     flow.give(stack, routed)
+                del routed  # or it would live through the next block
             if stored is None:
                 for name in claims.tensors_of(block):
                     if name not in compressed:

@@ -132,7 +132,7 @@ def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed
     _check_coverage(recipe.coverage, group.names, tokens, notices)
     pooled = routed.hidden[_spread(routed.keep)].to(group.up)
 
-    h = _hessians(group, train, routed, recipe.coverage, tokens, pooled, lambda _i, x: x)
+    h = _hessians(group, train, routed, recipe.coverage, tokens, pooled, _as_it_is)
     up = _solve(group.up, h, rules[0], recipe, group.names, notices)
     seen = group
     if recipe.solving.true_sequential:
@@ -140,6 +140,10 @@ def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed
     h = _hessians(seen, train, routed, recipe.coverage, tokens, pooled, seen.hidden)
     down = _solve(group.down, h, rules[1], recipe, group.names, notices)
     return SolvedGroup(up, down, tokens, notices)
+
+
+def _as_it_is(_expert: int, x: Tensor) -> Tensor:
+    return x
 
 
 def _training_rows(routed: Routed, expert: int, most: int) -> Tensor:
@@ -183,8 +187,10 @@ def _hessians(
         for chunk in rows.split(EXPERT_TOKENS):
             own.add(view(i, routed.hidden[chunk].to(group.up)), i)
     if coverage.undersampled == "shrink":
-        everyone = Hessian(len(train), width, device=group.up.device)
-        for i in range(len(train)):
+        # the input projections of all experts look at the same pooled tokens
+        views = 1 if view is _as_it_is else len(train)
+        everyone = Hessian(views, width, device=group.up.device)
+        for i in range(views):
             everyone.add(view(i, pooled), i)
         return shrink(own.sum, own.tokens, everyone.sum, len(pooled), coverage.shrink_tokens)
     h = own.sum

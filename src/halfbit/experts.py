@@ -210,12 +210,13 @@ def _of_parameters(path: str, module: nn.Module) -> ExpertStack | None:
     biases: dict[str, str | None] = dict.fromkeys(names)
     post_norm = None
     # what the decorator leaves on a module
-    if all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+    if all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")):
         form, transposed = "top_k", bool(module.is_transposed)
         activation = None if module.has_gate else "act_fn"
         if module.has_bias:
             biases = {n: f"{n}_bias" for n in names}
-        if module.has_post_expert_norm:
+        # transformers 5.17 has no such flag yet
+        if getattr(module, "has_post_expert_norm", False):
             post_norm = "post_expert_norm"
         known = len(arguments) == 3 and (names[0] == "gate_up_proj") == bool(module.has_gate)
     else:

@@ -57,10 +57,11 @@ class Flow:
         assert all(i is not None for i in ids)
         starts = torch.tensor([0] + [len(i) for i in ids]).cumsum(0).tolist()  # pyright: ignore[reportArgumentType]
         tokens = Activations(torch.cat(ids)[:, None], starts, torch.cat(keep))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        # encoder states differ in length from sample to sample, so that decoder samples cannot share a batch
-        self._batches = [range(i, i + 1) for i in range(len(tokens))] if second else tokens.batches(BLOCK_TOKENS)
+        self._batches = tokens.batches(BLOCK_TOKENS)
+        if encoded is not None:  # samples of one batch must listen to equally long encoder states
+            self._batches = [part for batch in self._batches for part in encoded.equal_runs(batch)]
         self._contexts: list[Context] = []
-        self._replays: dict[str, list[Tensor]] = {}
+        self._replays: dict[str, tuple[ExpertStack, Routed]] = {}
         self._activations: Activations | None = None
         for batch in self._batches:
             rows = tokens.view(batch).squeeze(-1).to(device)
@@ -79,7 +80,7 @@ class Flow:
 
     def capture(self, block: str, module: nn.Module, stack: ExpertStack) -> Routed:
         """What `stack` is given by all samples; experts before it in the same block replay their outputs."""
-        routed = Routed(stack.num_experts)
+        routed = Routed(stack.num_experts, len(self.activations.buffer))
         starts = self.activations.starts
         for number, batch in enumerate(self._batches):
             keep = self.activations.keep[starts[batch.start] : starts[batch.stop]]
@@ -98,7 +99,8 @@ class Flow:
 
     def give(self, stack: ExpertStack, routed: Routed) -> None:
         """The outputs of the compressed `stack`, to be replayed in its place."""
-        self._replays[stack.path] = list(routed.replay())
+        routed.forget_inputs()
+        self._replays[stack.path] = stack, routed
 
     def advance(self, block: str, module: nn.Module) -> None:
         """All samples through the block, with what was given in the experts' place."""
@@ -126,11 +128,11 @@ class Flow:
         return self._part.run(block, self.activations.view(batch).to(self._device), self._contexts[number])
 
     def _replayed(self, number: int) -> dict[str, Callable[..., Tensor]]:
-        def answer(outputs: Tensor) -> Callable[..., Tensor]:
+        def answer(stack: ExpertStack, routed: Routed) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
-                given = args[0] if args else kwargs["hidden_states"]
-                return outputs.to(given).view_as(given)
+                given = args[0] if args else kwargs[stack.arguments[0]]
+                return routed.answer(number).to(given).view_as(given)
 
             return forward
 
-        return {path: answer(outputs[number]) for path, outputs in self._replays.items()}
+        return {path: answer(*found) for path, found in self._replays.items()}

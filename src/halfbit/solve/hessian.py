@@ -90,7 +90,7 @@ def warn_of(repair: Repair) -> None:
 def shrink(
     h: Float[Tensor, "experts in in"],
     tokens: Int[Tensor, " experts"],
-    pooled: Float[Tensor, "in in"],
+    pooled: Float[Tensor, "#experts in in"] | Float[Tensor, "in in"],
     pooled_tokens: int,
     k: float,
 ) -> Float[Tensor, "experts in in"]:
