@@ -165,7 +165,7 @@ def test_loading_a_folder_that_lacks_a_weight_names_it(folder, tmp_path) -> None
     save_file(tensors, path, metadata={"format": "pt"})
     code, _, err = call("generate", copy, "--prompt", "x")
     assert code == 2
-    assert f"no file has the weight {name}" in err
+    assert f"{name}: no file of this folder has this weight" in err
 
 
 def model_copy(tmp_path: Path) -> Path:
@@ -190,7 +190,7 @@ def test_bad_input_exits_with_2_and_one_message(folder, tmp_path) -> None:
         ("compress", model, out): "give --calibration",
         ("compress", model, out, "--calibration", "nowhere.txt"): "no such text file",
         ("compress", model, out, "--calibration", text, "--samples", "99999"): "asked for 99999 samples",
-        ("compress", model, out, "--calibration", text, "--samples", "0"): "samples must be >= 1",
+        ("compress", model, out, "--calibration", text, "--samples", "0"): "greater than or equal to 1",
         ("compress", model, out, "--calibration", text, "--device", "tpu"): "expected cpu, cuda or auto",
         ("compress", model, model, "--calibration", text, "--samples", "8"): "not empty",
         ("compress", folder, out, "--calibration", text): "already compressed",
@@ -199,6 +199,14 @@ def test_bad_input_exits_with_2_and_one_message(folder, tmp_path) -> None:
         ("eval", folder, "--text", text, "--sequence-length", "900", "--max-tokens", "800"): "less than one window",
         ("inspect", model): "no manifest.json",
         ("inspect",): "give a FOLDER",
+        ("verify", tmp_path / "nothing"): "no such folder",
+        ("generate", folder, "--prompt", ""): "gives no tokens",
+        ("generate", folder, "--prompt", "x", "--max-new-tokens", "0"): "max-new-tokens",
+        ("generate", folder, "--prompt", "x", "--temperature", "nan"): "temperature",
+        ("eval", folder, "--text", text, "--sequence-length", "1"): "too short",
+        ("eval", folder, "--text", text, "--max-tokens", "-5"): "max-tokens",
+        ("compress", model, out, "--calibration", text, "--seed", "99999999999999999999"): "seed",
+        ("compress", model, out, "--calibration", "once upon a time " * 40): "not a file",
     }
     for arguments, says in cases.items():
         code, _, err = call(*arguments)
@@ -311,3 +319,40 @@ def test_parts_of_a_model() -> None:
         "model.layers.0.mlp.up_proj.weight": "dense feed-forward",
     }
     assert {n: part_of(n) for n in names} == names
+
+
+def test_damaged_manifests_are_told_without_a_traceback(folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    good = json.loads((copy / "manifest.json").read_text())
+    name = next(iter(good["tensors"]))
+    damages = [
+        {"format": 1},
+        {**good, "tensors": {"a": 1}},
+        {**good, "tensors": {name: {**good["tensors"][name], "dtype": "os"}}},
+        {**good, "tensors": {name: {**good["tensors"][name], "file": "../config.json"}}},
+        {**good, "packed": {"x": {"y": {"shape": [1, 2]}}}},
+        {**good, "matrices": {"x": {"loss": "low"}}},
+    ]
+    for damage in damages:
+        (copy / "manifest.json").write_text(json.dumps(damage))
+        assert call("inspect", copy)[0] == 2
+        code, out, _ = call("verify", copy, "--json")
+        assert (code, json.loads(out)["problems"][0]["where"]) == (1, "manifest.json")
+
+
+def test_inspect_says_that_a_run_has_not_finished(folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    empty = {k: {} for k in ("blocks", "tensors", "packed", "matrices", "coverage", "files")}
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **empty, "complete": False}))
+    code, out, _ = call("inspect", copy)
+    assert code == 0
+    assert "has not finished" in out
+
+
+def test_verify_checks_the_small_files_too(folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text().replace("the", "teh"))
+    code, out, _ = call("verify", copy, "--json")
+    assert code == 1
+    assert [p["where"] for p in json.loads(out)["problems"]] == ["tokenizer.json"]

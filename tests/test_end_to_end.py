@@ -5,14 +5,16 @@ The oracle is the same model with the experts' weights replaced by what the stor
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 import halfbit
 from halfbit import recipe
 from halfbit.compress import compress
-from halfbit.errors import CoverageError
+from halfbit.errors import CoverageError, FormatError, OutputError
 from halfbit.evaluate import measure
 from halfbit.events import Began, BlockBegan, Event, Noticed, Solved
 from halfbit.families import open_family
@@ -347,3 +349,94 @@ def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_p
     )
     distances: Any = [measure(load(f), samples, original=original).kl_divergence for f in (folder, tmp_path / "out")]
     assert distances[0] < distances[1]
+
+
+@pytest.mark.parametrize("name", ["qmoe", "qmoe-2bit"])
+@pytest.mark.parametrize("lost", ["experts.down_proj_packed", "mlp.gate.weight", "self_attn.q_proj.weight"])
+def test_from_pretrained_refuses_a_folder_that_lacks_a_weight(name: str, lost: str, made, tmp_path) -> None:
+    """transformers itself would warn and go on with random numbers."""
+    source, _, _ = made("mixtral")
+    out = tmp_path / "out"
+    run(source, out, name=name)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    # the checkpoint's own name of Mixtral's router is another
+    gone = next(n for n in index["weight_map"] if "layers.1." in n and lost.removeprefix("mlp.") in n)
+    path = out / index["weight_map"].pop(gone)
+    tensors = load_file(path)
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"model\.layers\.1\..*no file of this folder has this weight"):
+        load(out)
+
+
+HOSTILE = [
+    ("codec", {"name": "os"}),
+    ("codec", {"name": "qmoe", "p0": "0.9"}),
+    ("codec", None),
+    ("shape", [5, 36]),
+    ("shape", [5, -36, 19]),
+    ("shape", ["a", "b", "c"]),
+    ("shape", [1, 5 * 36, 19]),
+    ("shape", [5, 10**25, 19]),
+    ("tensors", []),
+    ("tensors", {"codec": ["uint8", [1]]}),
+    ("tensors", {"codewords": ["__class__", [1]], "row_lengths": [], "levels": [], "pivots": []}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE)
+def test_nothing_in_a_config_is_believed(key: str, value: object, made, tmp_path) -> None:
+    _, folder, _ = made("mixtral")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    entry = config["quantization_config"]["modules"]["model.layers.1.mlp.experts"]["down_proj"]
+    entry[key] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.experts\.down_proj"):
+        load(copy)
+
+
+@pytest.mark.parametrize("modules", [[1], "x", {"model.norm": {}}, {"model.layers.1.mlp.experts": [1]}])
+def test_modules_of_a_config_must_be_experts(modules: object, made, tmp_path) -> None:
+    _, folder, _ = made("mixtral")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["modules"] = modules
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(copy)
+
+
+def test_another_model_of_the_same_shapes_does_not_continue_a_run(made, tmp_path) -> None:
+    source, _, _ = made("qwen3-moe")
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    tiny_models.edit(other, lambda tensors: [t.neg_() for n, t in tensors.items() if "experts" in n])
+    chosen = recipe.load("qmoe").calibrated(samples=6, sequence_length=12)
+    steps: Any = compress(str(source), tmp_path / "out", chosen, text(source))
+    next(e for e in steps if isinstance(e, BlockBegan) and e.number == 1)
+    steps.close()
+    with pytest.raises(OutputError, match="holds another run"):
+        list(compress(str(other), tmp_path / "out", chosen, text(source)))
+
+
+def test_the_model_can_be_saved_by_torch_and_copied(made, tmp_path) -> None:
+    _, folder, _ = made("qwen3-moe")
+    model = load(folder)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    back = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(t, back[n]) for n, t in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(deepcopy(model)(**inputs(model)).logits, model(**inputs(model)).logits)
+
+
+def test_rules_that_do_nothing_are_told(made, tmp_path) -> None:
+    source, _, _ = made("mixtral")
+    rule = recipe.load("qmoe").to_toml().split("[solving]")[0].split("[[rules]]")[1]
+    chosen = Recipe.from_toml(
+        recipe.load("qmoe").to_toml() + "[[rules]]" + rule.replace("*.experts.*", "*.self_attn.*")
+    ).calibrated(samples=2, sequence_length=12)
+    events = list(compress(str(source), tmp_path / "out", chosen, text(source)))
+    told = [e.message for e in events if isinstance(e, Noticed)]
+    assert any("'*.self_attn.*' is the first match of no expert matrix" in m for m in told)

@@ -46,6 +46,20 @@ def test_other_gates_are_left_to_their_module() -> None:
     assert name_gate(lambda x: torch.nn.functional.silu(x) * 1.001, nn.Module()) is None
 
 
+@pytest.mark.parametrize("limit", [8.0, 10.0, 20.0, 100.0, 5000.0])
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
+def test_a_clamp_is_seen_however_far_out(act: str, limit: float) -> None:
+    """DeepSeek-V4's gates clamp at 10: named without the clamp they would be right on small values only."""
+    function = ACT2FN[act]
+
+    def clamped(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return function(first.clamp(max=limit)) * second.clamp(min=-limit, max=limit)
+
+    assert name_gate(clamped, nn.Module()) is None
+    assert name_gate(lambda x: function(x).clamp(max=limit), nn.Module()) is None
+
+
 def test_gates_are_compared_on_the_cpu_whatever_the_default_device() -> None:
     """On the meta device, where transformers swaps modules, torch.equal answers with whatever lies in memory."""
     module = Clamped()

@@ -8,10 +8,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 LAYERS = (
     {"errors", "types", "native", "events"},
     {"registry", "bits", "config", "dequantize"},
-    {"grids", "reader", "writer", "experts"},
+    {"grids", "reader", "experts"},
     {"solve", "formats", "claims", "blocks"},
-    {"recipe", "family"},
-    {"families"},
+    {"family", "layout"},
+    {"families", "writer", "recipe"},
     {"activations", "samples", "nn"},
     {"flow", "expert_groups"},
     {"compress", "folder"},

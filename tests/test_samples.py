@@ -1,7 +1,5 @@
 """Text to samples, and span corruption."""
 
-import json
-
 import pytest
 import torch
 
@@ -112,20 +110,36 @@ def test_a_data_set_name_without_the_library_says_what_to_install(monkeypatch) -
         read_text("allenai/c4:en:train")
 
 
-def test_a_data_set_gives_its_text_column(monkeypatch) -> None:
-    asked = {}
-
-    class Rows(dict):
-        column_names = ("text",)
+def test_a_data_set_is_streamed_and_read_no_further_than_asked(monkeypatch) -> None:
+    asked, read = {}, []
 
     class Datasets:
         @staticmethod
-        def load_dataset(name, *config, split):
-            asked.update(name=name, config=config, split=split)
-            return Rows(text=["a", "b"])
+        def load_dataset(name, *config, split, streaming):
+            asked.update(name=name, config=config, split=split, streaming=streaming)
+            for i in range(1000):
+                read.append(i)
+                yield {"text": f"text {i}", "id": i}
 
     monkeypatch.setitem(__import__("sys").modules, "datasets", Datasets)
-    assert read_text("allenai/c4:en:validation") == ["a", "b"]
-    assert asked == {"name": "allenai/c4", "config": ("en",), "split": "validation"}
-    assert json.dumps(read_text("wikitext")) == '["a", "b"]'
-    assert asked == {"name": "wikitext", "config": (), "split": "train"}
+    assert read_text("allenai/c4:en:validation", characters=14) == ["text 0", "text 1", "text 2"]
+    assert read == [0, 1, 2]
+    assert asked == {"name": "allenai/c4", "config": ("en",), "split": "validation", "streaming": True}
+    assert len(read_text("wikitext")) == 1000
+    assert asked == {"name": "wikitext", "config": (), "split": "train", "streaming": True}
+
+
+def test_texts_are_read_no_further_than_asked(tmp_path) -> None:
+    (tmp_path / "long.txt").write_text("abc " * 1000, "utf-8")
+    assert read_text(str(tmp_path / "long.txt"), characters=10) == ["abc abc ab"]
+    (tmp_path / "long.jsonl").write_text('{"text": "abcdef"}\n' * 50, "utf-8")
+    assert read_text(str(tmp_path / "long.jsonl"), characters=10) == ["abcdef", "abcdef"]
+
+
+def test_text_that_is_no_text_is_an_error(tmp_path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    for source in (str(tmp_path / "latin.jsonl"), "once upon a time " * 40):
+        with pytest.raises(CalibrationError):
+            read_text(source)
+    with pytest.raises(CalibrationError, match="gives no tokens"):
+        windows(torch.empty(0, dtype=torch.int64), samples=1, length=4)

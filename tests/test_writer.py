@@ -28,7 +28,7 @@ def test_a_block_is_read_back_bit_for_bit(tmp_path) -> None:
     writer = begin(tmp_path / "out")
     for name, tensor in tensors.items():
         writer.put(name, tensor)
-    writer.record("matrices", "a", {"loss": 0.5})
+    writer.record("matrices", "a", {"loss": 0.5, "bits_per_weight": 1.5, "tokens": 3})
     writer.commit("block.0", "block.safetensors")
     again = begin(tmp_path / "out")
     assert again.has("block.0")
@@ -39,7 +39,7 @@ def test_a_block_is_read_back_bit_for_bit(tmp_path) -> None:
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
         assert again.manifest["tensors"][name]["sha256"] == checksum(tensor)
-    assert again.manifest["matrices"] == {"a": {"loss": 0.5}}
+    assert again.manifest["matrices"] == {"a": {"loss": 0.5, "bits_per_weight": 1.5, "tokens": 3}}
 
 
 def test_checksums_are_those_of_the_bytes_row_by_row() -> None:

@@ -5,11 +5,10 @@ found damage, 2 the input is at fault.
 """
 
 import json
-import sys
+import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from threading import Thread
 from typing import Annotated, Any
 
 import torch
@@ -17,12 +16,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
-from halfbit.errors import HalfbitError, Unsupported
+from halfbit.errors import CalibrationError, HalfbitError, Unsupported
 from halfbit.evaluate import evaluate, load
 from halfbit.events import Began, BlockBegan, Event, Finished, Noticed, Solved
 from halfbit.folder import Problem
@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
+# seeds are 64-bit numbers
+MOST = (1 << 63) - 1
 Folder = Annotated[str, typer.Argument(help="Folder that halfbit compress wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
@@ -85,9 +87,13 @@ def compress(
     calibration: Annotated[
         str | None, typer.Option(help="Text file, .jsonl with 'text', or data set 'name:config:split'.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples. [recipe: 128]")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sample. [the model's, at most 2048]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw samples with this seed. [the text's first, in order]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples. [recipe: 128]")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per sample. [the model's, at most 2048]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="Draw samples with this seed. [the text's first, in order]")
+    ] = None,
     corruption: Annotated[str | None, typer.Option(help="Of encoder-decoder models: t5 or fixed. [recipe: t5]")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -146,10 +152,12 @@ def evaluate_command(
     text: Annotated[str, typer.Option(help="Text file, .jsonl with 'text', or data set name.")],
     against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
     sequence_length: Annotated[
-        int, typer.Option(help="Tokens per window. [the model's, at most 2048]", show_default=False)
+        int, typer.Option(min=0, help="Tokens per window. [the model's, at most 2048]", show_default=False)
     ] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Use only so many tokens of the text. [all]", show_default=False)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the span corruption (encoder-decoder models).")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Use only so many tokens of the text. [all]", show_default=False)
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of the span corruption (encoder-decoder models).")] = 0,
     corruption: Annotated[
         str, typer.Option(help="Of encoder-decoder models: t5 (random spans) or fixed (3 tokens).")
     ] = "t5",
@@ -185,32 +193,24 @@ def evaluate_command(
 def generate(
     folder: Annotated[str, typer.Argument(help="Compressed folder, or any model.")],
     prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
-    from transformers import TextIteratorStreamer
-
     where = _device(device)
+    if not math.isfinite(temperature):
+        raise Unsupported(f"--temperature: expected a finite number, got {temperature}")
     model, tokenizer = load(folder, device=where), load_tokenizer(folder)
-    torch.manual_seed(seed)
-    streamer = TextIteratorStreamer(
-        tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True
-    )
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    if inputs["input_ids"].numel() == 0:
+        raise CalibrationError("--prompt: gives no tokens; write at least a word to continue")
     inputs.pop("token_type_ids", None)
+    torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    worker = Thread(
-        target=model.generate, kwargs={**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
-    )
-    worker.start()
-    for piece in streamer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    worker.join()
-    sys.stdout.write("\n")
+    streamer = TextStreamer(tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
+    model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
 
 
 @app.command()
@@ -256,10 +256,12 @@ def _show_report(report: dict[str, Any]) -> None:
         table.add_row(part, f"{row['bytes']:,}", f"{row['weights']:,}", f"{row['bits_per_weight']:.3f}")
     out.print(table)
     bits = report["bits_per_expert_weight"]
-    out.print(
-        f"all files: {report['total_bytes']:,} bytes; compressed experts: {bits:.4f} bits per weight, all included",
-        soft_wrap=True,
+    told = (
+        "no experts compressed yet" if bits is None else f"compressed experts: {bits:.4f} bits per weight, all included"
     )
+    out.print(f"all files: {report['total_bytes']:,} bytes; {told}", soft_wrap=True)
+    if not report["complete"]:
+        out.print("the run that writes this folder has not finished; the same compress command continues it")
 
 
 def _show_layers(report: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbit import formats
 from halfbit.activations import Activations, Routed
 from halfbit.claims import Claims
 from halfbit.errors import CalibrationError, RecipeError
@@ -33,12 +32,13 @@ from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow
-from halfbit.nn import stored_name, stored_names
+from halfbit.layout import Entry, stored_name
+from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 from halfbit.types import Packed
-from halfbit.writer import FORMAT_VERSION, Writer
+from halfbit.writer import FORMAT_VERSION, Writer, checksum
 
 # of the files that hold what lies outside the blocks
 SHARD_BYTES = 2 << 30
@@ -86,8 +86,9 @@ def compress(
         "source": Path(source).name,
         "recipe": recipe.name,
         "calibration": fingerprint(documents) if documents else None,
+        "threads": torch.get_num_threads(),
     }
-    writer = Writer(folder, _fingerprint(reader, recipe, documents, device), about)
+    writer = Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
     blocks = [block for part in family.stacks() for block in part.blocks]
     yield Began(
         writer.folder,
@@ -96,6 +97,14 @@ def compress(
         resumed=sum(map(writer.has, blocks)),
         solved=len(writer.manifest["matrices"]),
     )
+    begun_with = writer.manifest["about"]["threads"]
+    if begun_with != about["threads"]:
+        yield Noticed(
+            f"this run was begun with {begun_with} threads and goes on with {about['threads']}: sums are rounded in "
+            "another order, so the result will not be bit-identical to one made in one go"
+        )
+    for rule in _unused(recipe, family):
+        yield Noticed(f"rule {rule.match!r} is the first match of no expert matrix; only experts can be compressed yet")
     if writer.complete:
         yield Finished(writer.folder)
         return
@@ -214,25 +223,19 @@ def _write(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer
     """The matrices of all experts of a module, one above another, and their entry in the config."""
     entry = {}
     for matrices, projection in zip(packed, stored_names(stack), strict=True):
-        first = matrices[0]
-        whole = first.codec.concatenate(matrices)
+        whole = matrices[0].codec.concatenate(matrices)
         for part, tensor in whole.tensors.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
-        entry[projection] = {
-            "codec": formats.to_config(whole.codec),
-            "shape": [stack.num_experts, *first.shape],
-            "tensors": {k: [str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in whole.tensors.items()},
-        }
+        entry[projection] = Entry.of(whole, stack.num_experts).to_config()
     writer.record("packed", stack.path, entry)
 
 
 def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:
     """What an earlier run wrote of a module: input and output projection, as the tall matrices that lie in the file."""
     found = []
-    for projection, entry in writer.manifest["packed"][stack.path].items():
-        experts, out, columns = entry["shape"]
-        parts = {k: tensors[stored_name(stack.path, projection, k)] for k in entry["tensors"]}
-        found.append(Packed(formats.from_config(entry["codec"]), (experts * out, columns), parts))
+    for projection, config in writer.manifest["packed"][stack.path].items():
+        entry = Entry.parse(config, f"{stack.path}.{projection}")
+        found.append(entry.packed({part: tensors[stored_name(stack.path, projection, part)] for part in entry.tensors}))
     return found
 
 
@@ -267,6 +270,12 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
     return first, last
 
 
+def _unused(recipe: Recipe, family: Family) -> list[Rule]:
+    """Rules with a codec that do nothing."""
+    used = [recipe.rule(f"{s.path}.{p}") for s in family.experts.values() for p in s.projections]
+    return [rule for rule in recipe.rules if rule.codec is not None and not any(rule is u for u in used)]
+
+
 def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None) -> tuple[list[str], list[Sample]]:
     """The calibration text, and the samples that the recipe wants of it."""
     if source is None:
@@ -274,7 +283,9 @@ def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None)
             "this recipe looks at data: give --calibration FILE (text or .jsonl) or a data set name; "
             "text like what the model will meet serves best"
         )
-    c, documents = recipe.calibration, read_text(source)
+    c = recipe.calibration
+    # a token is hardly ever longer than 16 characters; a draw of windows wants the whole text
+    documents = read_text(source, c.samples * c.sequence_length * 16 if c.seed < 0 else None)
     tokenizer = load_tokenizer(reader.source, reader.revision)
     rows = windows(tokenize(tokenizer, documents), c.samples, c.sequence_length, c.seed, origin=source)
     found = samples_of(rows, tokenizer, family.config, seed=c.seed, corruption=c.corruption, origin=source)
@@ -287,11 +298,21 @@ def _compute_dtype(reader: Reader, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else getattr(torch, named)
 
 
-def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], device: str) -> str:
-    """What must be the same when a run continues."""
+def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], samples: list[Sample], device: str) -> str:
+    """What must be the same when a run continues: model, recipe, text and its tokens, device, version.
+
+    Of a hub repository the commit stands for the weights; of a folder the first row of every tensor, since reading
+    terabytes twice would double the time of a run.
+    """
     digest = hashlib.sha256(reader.path("config.json").read_bytes())
     for name in reader.names():
-        digest.update(f"{name} {reader.shape(name)} {reader.dtype(name)}\n".encode())
+        shape = reader.shape(name)
+        digest.update(f"{name} {shape} {reader.dtype(name)}\n".encode())
+        if reader.revision is None:
+            digest.update(checksum(reader.slice(name, 0, 1) if shape else reader.tensor(name)).encode())
+    for sample in samples:
+        for ids in (sample.ids, sample.labels):
+            digest.update(b"" if ids is None else ids.numpy().tobytes())
     digest.update(f"{recipe.to_toml()}{fingerprint(documents)}{device}{version('halfbit')}".encode())
     return digest.hexdigest()
 

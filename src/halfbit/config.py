@@ -1,7 +1,7 @@
 """A frozen dataclass <-> the dict that config.json and manifests hold: {"name": "qmoe", "p0": 0.885}."""
 
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_args
 
 from halfbit.errors import FormatError, RecipeError
 
@@ -26,7 +26,14 @@ def from_dict(kind: type, config: dict[str, Any]) -> Any:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise FormatError(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+    for field in fields(kind):
+        value = given.get(field.name, field.default)
+        # not isinstance: bool is an int in Python; an int will do where a float is meant
+        allowed = (*(get_args(field.type) or (field.type,)), *((int,) if field.type is float else ()))
+        if type(value) not in allowed:
+            names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
+            raise FormatError(f"{kind.__name__}: {field.name} must be {names}, got {value!r}")
     try:
         return kind(**given)
     except (RecipeError, TypeError) as error:
-        raise FormatError(f"{kind.__name__}: {error}") from error
+        raise FormatError(str(error)) from error

@@ -47,11 +47,12 @@ def load(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") 
     if not Path(source).exists() and "/" not in source:
         raise CheckpointError(f"{source}: no such folder; give a model folder or a hub id such as org/name")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         chosen: Any = dtype or (torch.float32 if device == "cpu" else config.dtype)
-        loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as e:
+        loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as e:
+        # transformers checks little of a config; whatever it stumbles over is the folder's fault
         raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e
     model, info = loaded
     # transformers only warns, and fills in random weights
@@ -87,14 +88,18 @@ def evaluate(
     tokens = tokenize(tokenizer, read_text(text))
     if max_tokens:
         tokens = tokens[:max_tokens]
-    if len(tokens) < max(length, 2):
+    if length < 2 or (model.config.is_encoder_decoder and length < 4):
+        raise CalibrationError(f"--sequence-length {length}: too short to have anything to predict; give 4 or more")
+    if len(tokens) < length:
         raise CalibrationError(
             f"{text}: has {len(tokens)} tokens, less than one window of {length}; give more text or a smaller "
             "--sequence-length"
         )
     rows = windows(tokens, len(tokens) // length, length, origin=text)
     samples = samples_of(rows, tokenizer, model.config, seed=seed, corruption=corruption, origin=text)
-    return measure(model, samples, original=original, batch=max(1, batch_tokens // length), device=device)
+    # logits are float32, vocabulary wide, and there are some four such tensors: at most half a GiB each
+    at_once = min(batch_tokens, (1 << 27) // model.config.get_text_config().vocab_size)
+    return measure(model, samples, original=original, batch=max(1, at_once // length), device=device)
 
 
 @torch.no_grad()

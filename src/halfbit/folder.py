@@ -3,6 +3,7 @@
 `inspect` counts bytes and true bits by part; `verify` reads every byte and checks every rule.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -11,13 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from halfbit import formats
-from halfbit.errors import FormatError, HalfbitError
-from halfbit.nn import stored_name
-from halfbit.types import Packed
+from halfbit.errors import CheckpointError, FormatError, HalfbitError
+from halfbit.layout import DTYPES, Entry, name_of, stored_name
 from halfbit.writer import INDEX, MANIFEST, checksum, read_manifest
 
 # first match wins; names as transformers gives them
@@ -47,17 +45,16 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    weights = {
-        stored_name(path, projection, part): (prod(entry["shape"]) if number == 0 else 0)
-        for path, projections in manifest["packed"].items()
-        for projection, entry in projections.items()
-        for number, part in enumerate(entry["tensors"])
-    }
+    weights = {}
+    for path, projection, entry in _entries(manifest):
+        # the first part stands for all weights, so that they are counted once
+        counts = [prod(entry.shape), *[0] * (len(entry.tensors) - 1)]
+        weights |= {stored_name(path, projection, t): n for t, n in zip(entry.tensors, counts, strict=True)}
     parts: dict[str, dict[str, float]] = {}
     packed_bytes = 0
     for name, tensor in manifest["tensors"].items():
         row = parts.setdefault(part_of(name), {"bytes": 0, "weights": 0})
-        nbytes = prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize
+        nbytes = prod(tensor["shape"]) * DTYPES[tensor["dtype"]].itemsize
         row["bytes"] += nbytes
         row["weights"] += weights.get(name, prod(tensor["shape"]))
         packed_bytes += nbytes if name in weights else 0
@@ -107,6 +104,8 @@ def verify(folder: str | Path) -> Iterator[Problem | str]:
         the name of each tensor as it is found whole, or a Problem.
     """
     root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder; give one that halfbit compress wrote")
     try:
         manifest = read_manifest(root)
     except FormatError as e:
@@ -136,6 +135,10 @@ def _verify_lists(root: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("config.json", "config.json: its packed modules are not those of the manifest")
     if weight_map != {n: t["file"] for n, t in manifest["tensors"].items()}:
         yield Problem(INDEX, f"{INDEX}: its weight map is not that of the manifest")
+    for name, expected in manifest["files"].items():
+        path = root / Path(name).name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            yield Problem(name, f"{name}: is missing or differs from what was written")
     listed = {t["file"] for t in manifest["tensors"].values()}
     for path in sorted(root.glob("*.safetensors")):
         if path.name not in listed:
@@ -151,7 +154,7 @@ def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iter
                     yield Problem(name, f"{path.name}: tensor {name} is missing")
                     continue
                 tensor, entry = f.get_tensor(name), manifest["tensors"][name]
-                got = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+                got = [name_of(tensor.dtype), list(tensor.shape)]
                 if got != [entry["dtype"], entry["shape"]]:
                     yield Problem(name, f"{name}: expected {entry['dtype']} {entry['shape']}, got {got[0]} {got[1]}")
                 elif checksum(tensor) != entry["sha256"]:
@@ -168,15 +171,18 @@ def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iter
 
 
 def _verify_packed(f: Any, present: set[str], manifest: dict[str, Any]) -> Iterator[Problem]:
-    for module, projections in manifest["packed"].items():
-        for projection, entry in projections.items():
-            stored = {part: stored_name(module, projection, part) for part in entry["tensors"]}
-            if not all(name in present for name in stored.values()):
-                continue  # lies in another file, or was named as missing
-            experts, out, columns = entry["shape"]
-            tensors = {part: f.get_tensor(name) for part, name in stored.items()}
-            try:
-                codec = formats.from_config(entry["codec"])
-                codec.check(Packed(codec, (experts * out, columns), tensors))
-            except HalfbitError as e:
-                yield Problem(f"{module}.{projection}", f"{module}.{projection}: {e}")
+    for module, projection, entry in _entries(manifest):
+        stored = {part: stored_name(module, projection, part) for part in entry.tensors}
+        if not all(name in present for name in stored.values()):
+            continue  # lies in another file, or was named as missing
+        try:
+            entry.codec.check(entry.packed({part: f.get_tensor(name) for part, name in stored.items()}))
+        except HalfbitError as e:
+            yield Problem(f"{module}.{projection}", f"{module}.{projection}: {e}")
+
+
+def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, str, Entry]]:
+    """Module path, projection and entry of everything packed."""
+    for path, projections in manifest["packed"].items():
+        for projection, config in projections.items():
+            yield path, projection, Entry.parse(config, f"{path}.{projection}")

@@ -4,6 +4,7 @@ Importing halfbit registers the quantizer "halfbit". `config.json` lists every p
 stored tensors, so that the skeleton, the device map and the checkpoint agree before a byte is loaded.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfbit import formats
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack, find_experts
+from halfbit.layout import Entry
 from halfbit.nn import PackedExperts, PackedMatrix, stored_names
 from halfbit.writer import FORMAT_VERSION
 
@@ -36,6 +37,8 @@ class HalfbitConfig(QuantizationConfigMixin):
             raise FormatError(f"config.json: expected halfbit format {FORMAT_VERSION}, got {format!r}; update halfbit")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format = format
+        if not isinstance(modules or {}, dict):
+            raise FormatError(f"config.json: quantization_config.modules must be an object, got {modules!r}")
         self.modules = modules or {}
 
 
@@ -50,13 +53,15 @@ class HalfbitQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         for path, projections in config.modules.items():
             if path not in stacks:
-                raise FormatError(f"config.json: packed module {path} is no experts module of {type(model).__name__}")
+                raise FormatError(f"config.json: {path} is no experts module of {type(model).__name__}", tensor=path)
             model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
             # some models' rule for new weights reaches from the parent into the experts, which are gone
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        model.requires_grad_(False)
+        _refuse_missing(model)
         for name, module in model.named_modules():
             if isinstance(module, PackedMatrix):
                 try:
@@ -80,17 +85,36 @@ class HalfbitQuantizer(HfQuantizer):
         return True
 
 
-def packed_experts(stack: ExpertStack, original: nn.Module, projections: dict[str, Any]) -> PackedExperts:
+def _refuse_missing(model: Any) -> None:
+    """Raise where a weight came from no file: transformers only warns, and fills in random numbers.
+
+    What it loads carries a mark; what lies on the disk (offloaded) is still on the meta device.
+    """
+    allowed = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if getattr(tensor, "_is_hf_initialized", False) or tensor.device.type == "meta":
+            continue
+        if not any(re.search(pattern, name) for pattern in allowed):
+            raise FormatError(f"{name}: no file of this folder has this weight; halfbit verify tells more", tensor=name)
+
+
+def packed_experts(stack: ExpertStack, original: nn.Module, projections: Any) -> PackedExperts:
     """PackedExperts on the meta device, to be loaded, from one module's entry in the config."""
-    if set(projections) != set(stored_names(stack)):
-        raise FormatError(
-            f"config.json: {stack.path}: expected projections {', '.join(stored_names(stack))}, "
-            f"got {', '.join(projections)}"
-        )
+    up, down = stored_names(stack)
+    if not isinstance(projections, dict) or set(projections) != {up, down}:
+        raise FormatError(f"config.json: {stack.path}: expected the projections {up} and {down}", tensor=stack.path)
+    outs = {up: sum(stack.projections[p][0] for p in stack.up), down: stack.projections[down][0]}
+    ins = {up: stack.projections[stack.up[0]][1], down: stack.projections[down][1]}
     matrices = {}
-    with torch.device("meta"):
-        for projection, entry in projections.items():
-            parts = {k: (getattr(torch, dtype), list(shape)) for k, (dtype, shape) in entry["tensors"].items()}
-            experts, out, columns = entry["shape"]
-            matrices[projection] = PackedMatrix(formats.from_config(entry["codec"]), (experts, out, columns), parts)
+    for projection, config in projections.items():
+        entry = Entry.parse(config, f"config.json: {stack.path}.{projection}")
+        expected = (stack.num_experts, outs[projection], ins[projection])
+        if entry.shape != expected:
+            raise FormatError(
+                f"config.json: {stack.path}.{projection}: expected the shape {list(expected)} of this model, got "
+                f"{list(entry.shape)}",
+                tensor=f"{stack.path}.{projection}",
+            )
+        with torch.device("meta"):
+            matrices[projection] = PackedMatrix(entry)
     return PackedExperts(stack, original, matrices)

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from halfbit import formats
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack
+from halfbit.layout import Entry, packed_name
 from halfbit.types import Codec, Packed
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -27,38 +28,29 @@ class PackedMatrix(nn.Module):
     `prepare` derives what the kernels need (offsets) once the buffers are loaded; nothing derived is saved.
     """
 
-    def __init__(self, codec: Codec, shape: tuple[int, int, int], parts: dict[str, tuple[torch.dtype, list[int]]]):
+    def __init__(self, entry: Entry):
         super().__init__()
-        self.codec, self.shape = codec, shape
+        self.entry, self.codec, self.shape = entry, entry.codec, entry.shape
         # as text, which is what a traced op can carry
-        self.codec_config = json.dumps(formats.to_config(codec))
-        self._stored = list(parts)
+        self.codec_config = json.dumps(formats.to_config(entry.codec))
         self._derived: list[str] = []
-        for name, (dtype, size) in parts.items():
+        for name, (dtype, size) in entry.tensors.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype))
 
-    @classmethod
-    def of(cls, packed: Packed, experts: int) -> "PackedMatrix":
-        """From a packed tall matrix `[experts * out, in]`."""
-        rows, columns = packed.shape
-        parts = {k: (t.dtype, list(t.shape)) for k, t in packed.tensors.items()}
-        with torch.device("meta"):
-            module = cls(packed.codec, (experts, rows // experts, columns), parts)
-        for name, tensor in packed.tensors.items():
-            setattr(module, name, tensor)
-        return module.prepare()
-
     def packed(self) -> Packed:
-        experts, out, columns = self.shape
-        return Packed(self.codec, (experts * out, columns), {n: getattr(self, n) for n in self._stored})
+        return self.entry.packed({n: getattr(self, n) for n in self.entry.tensors})
 
     def prepare(self) -> "PackedMatrix":
         """Check the stored tensors and derive the kernels' operands. Raises FormatError on damage."""
+        for name in self.entry.tensors:
+            if getattr(self, name).numel() == 0:
+                # an empty slice of a file shares its address with the next tensor, which torch.save refuses
+                setattr(self, name, torch.empty_like(getattr(self, name)))
         packed = self.packed()
         self.codec.check(packed)
         self._derived.clear()
         for number, tensor in enumerate(self.codec.runtime(packed)):
-            same = next((n for n in self._stored if getattr(self, n) is tensor), None)
+            same = next((n for n in self.entry.tensors if getattr(self, n) is tensor), None)
             if same is None:
                 same = f"runtime_{number}"
                 self.register_buffer(same, tensor, persistent=False)
@@ -110,7 +102,8 @@ def _clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu", "sigmoid", "tanh")
+# gelu_new is gelu_pytorch_tanh in other words
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "tanh")
 GATES: dict[str, Callable[..., Tensor]] = {
     **{f"glu:{name}": _glu(name) for name in _ACTIVATIONS},
     **{f"plain:{name}": _plain(name) for name in _ACTIVATIONS},
@@ -121,8 +114,11 @@ GATES: dict[str, Callable[..., Tensor]] = {
 def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str, list[float]] | None:
     """Which of GATES a module's own gate is, found by comparing values; None when it is another one."""
     # transformers replaces modules with "meta" as the default device, where values cannot be compared
-    order = torch.randperm(30, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    probe = torch.linspace(-9, 9, 4 * 30, device="cpu").view(4, 30)[:, order].contiguous()
+    far = torch.logspace(0, 4, 30, device="cpu")
+    near = torch.linspace(-9, 9, 60, device="cpu")
+    order = torch.randperm(120, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    # far values too: a gate may clamp what lies beyond some limit
+    probe = torch.cat([near, far, -far])[order].view(4, 30)
     arguments = [float(getattr(module, k)) for k in ("alpha", "limit") if getattr(module, k, None) is not None]
     with torch.no_grad():
         expected = gate(probe)
@@ -130,7 +126,8 @@ def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str,
             if name == "clamped-swiglu" and len(arguments) != 2:
                 continue
             found = candidate(probe, *arguments)
-            if found.shape == expected.shape and torch.equal(found, expected):
+            # not equal to the bit: vectorised functions round differently by the layout of their input
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
                 return name, arguments
     return None
 
@@ -223,7 +220,7 @@ def experts_op(
 
 @experts_op.register_fake
 def _(hidden: Tensor, *_args: Any) -> Tensor:
-    return torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape)
 
 
 class PackedExperts(nn.Module):
@@ -291,14 +288,3 @@ def stored_names(stack: ExpertStack) -> tuple[str, str]:
     """Names under which a stack's input and output projection are stored; gate and up kept apart become one."""
     up = stack.up[0] if len(stack.up) == 1 else "_".join(stack.up)
     return up, stack.down
-
-
-def packed_name(projection: str) -> str:
-    """Module that holds a projection's packed tensors. Not the projection's own name: transformers' weight conversions
-    match names by pattern, and `experts.down_proj.codewords` would be taken for a weight to split on saving."""
-    return f"{projection}_packed"
-
-
-def stored_name(path: str, projection: str, part: str) -> str:
-    """Name of a stored tensor, e.g. `model.layers.0.mlp.experts.down_proj_packed.codewords`."""
-    return f"{path}.{packed_name(projection)}.{part}"

@@ -15,13 +15,16 @@ import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from halfbit import formats, grids
-from halfbit.errors import RecipeError, UnknownName
+from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
+from halfbit.solve.rtn import rtn
 from halfbit.types import Codec, Grid
 
 SOLVERS = ("gptq", "rtn")
@@ -42,6 +45,11 @@ class Rule:
             raise UnknownName("solver", self.solver, list(SOLVERS))
         if (self.grid is None) != (self.codec is None):
             raise RecipeError(f"rule {self.match!r}: a grid needs a codec and a codec a grid; give both, or neither")
+        if self.grid is not None and self.codec is not None:
+            try:  # on a matrix of two weights, now and not after an hour
+                self.codec.encode(rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])[0])
+            except Unsupported as e:
+                raise RecipeError(f"rule {self.match!r}: grid and codec do not fit together: {e}") from e
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Solving:
     """Solve the output projection on inputs that come from the compressed input projection."""
 
     def __post_init__(self):
-        if self.damping <= 0 or self.block < 1 or self.experts_per_batch < 1:
+        if not 0 < self.damping < inf or self.block < 1 or self.experts_per_batch < 1:
             raise RecipeError(f"damping must be > 0, block and experts_per_batch >= 1; got {self}")
 
 
@@ -77,7 +85,7 @@ class Coverage:
     def __post_init__(self):
         if self.undersampled not in UNDERSAMPLED:
             raise RecipeError(f"undersampled must be one of {', '.join(UNDERSAMPLED)}; got {self.undersampled!r}")
-        if self.shrink_tokens <= 0 or self.floor < 1 or self.max_tokens <= 0:
+        if not 0 < self.shrink_tokens < inf or self.floor < 1 or not 0 < self.max_tokens < inf:
             raise RecipeError(f"shrink_tokens and max_tokens must be > 0, floor >= 1; got {self}")
 
 
@@ -96,6 +104,8 @@ class Calibration:
     """Of encoder-decoder models: t5 (random spans, as T5 and QMoE) or fixed (spans of 3, closed by end-of-sequence)."""
 
     def __post_init__(self):
+        if self.corruption not in ("t5", "fixed"):
+            raise RecipeError(f"corruption must be t5 or fixed, got {self.corruption!r}")
         if self.samples < 1 or self.sequence_length < 0:
             raise RecipeError(f"samples must be >= 1 and sequence_length >= 0 (0: automatic); got {self}")
 
@@ -145,10 +155,13 @@ class Recipe:
             if not isinstance(row.get("match"), str):
                 raise RecipeError(f"{where}: needs match, a glob over module paths such as '*.experts.*'")
             row = dict(row)
-            if "grid" in row:
-                row["grid"] = grids.from_config(row["grid"])
-            if "codec" in row:
-                row["codec"] = formats.from_config(row["codec"])
+            try:
+                if "grid" in row:
+                    row["grid"] = grids.from_config(row["grid"])
+                if "codec" in row:
+                    row["codec"] = formats.from_config(row["codec"])
+            except FormatError as e:
+                raise RecipeError(f"{where}: {e}") from e
             rules.append(Rule(**row))
         parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in sections.items()}
         return cls(name=str(table.get("name", origin)), rules=tuple(rules), **parts)
@@ -190,7 +203,10 @@ def load(name_or_file: str) -> Recipe:
         return Recipe.from_toml(text, name_or_file)
     path = Path(name_or_file)
     if path.is_file():
-        return Recipe.from_toml(path.read_text("utf-8"), str(path))
+        try:
+            return Recipe.from_toml(path.read_text("utf-8"), str(path))
+        except UnicodeDecodeError as e:
+            raise RecipeError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
     if path.suffix == ".toml":
         raise RecipeError(f"recipe file {name_or_file} does not exist")
     raise UnknownName("recipe", name_or_file, [*names(), "or a path to a .toml file"])

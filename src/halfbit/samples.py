@@ -49,26 +49,46 @@ class Sample:
 # --- text
 
 
-def read_text(source: str) -> list[str]:
+def read_text(source: str, characters: int | None = None) -> list[str]:
     """Documents of a calibration or test source.
 
     A text file is one document; a `.jsonl` file has one document a line, under "text"; anything else is a dataset
     name for the `datasets` library, written `name`, `name:split` or `name:config:split`, with a column "text".
+
+    Args:
+        characters: stop when so many are read; None: all.
     """
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return list(_jsonl(path))
-    if path.is_file():
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except OSError as e:  # a text given in place of a file's name may be longer than any name
+        raise CalibrationError(f"{source[:60]}...: not a file ({e.strerror}); give the name of a text file") from e
+    if is_file:
         try:
-            return [path.read_text("utf-8")]
+            found = _lines(path) if path.suffix == ".jsonl" else _whole(path, characters)
+            return list(_until(found, characters))
         except UnicodeDecodeError as e:
             raise CalibrationError(f"{source}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first") from e
-    if path.suffix in (".txt", ".jsonl") or path.exists():
+    if path.suffix in (".txt", ".jsonl") or exists:
         raise CalibrationError(f"{source}: no such text file; give a text file, a .jsonl file or a dataset name")
-    return _dataset(source)
+    return list(_until(_dataset(source), characters))
 
 
-def _jsonl(path: Path) -> Iterator[str]:
+def _until(documents: Iterator[str], characters: int | None) -> Iterator[str]:
+    read = 0
+    for document in documents:
+        yield document
+        read += len(document)
+        if characters is not None and read >= characters:
+            return
+
+
+def _whole(path: Path, characters: int | None) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield file.read(-1 if characters is None else characters)
+
+
+def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -82,7 +102,7 @@ def _jsonl(path: Path) -> Iterator[str]:
             yield row["text"]
 
 
-def _dataset(source: str) -> list[str]:
+def _dataset(source: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as e:
@@ -92,12 +112,14 @@ def _dataset(source: str) -> list[str]:
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
     try:
-        rows: Any = datasets.load_dataset(name, *rest[:-1], split=split)
+        # streaming: a data set may be far larger than what is asked of it
+        rows: Any = datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
+        for number, row in enumerate(rows):
+            if not isinstance(row.get("text"), str):
+                raise CalibrationError(f'{source}, row {number}: no column "text" with text, but {", ".join(row)}')
+            yield row["text"]
     except (FileNotFoundError, ValueError, ConnectionError) as e:  # its own DatasetNotFoundError is a FileNotFoundError
         raise CalibrationError(f"{source}: neither a file nor a data set that could be loaded: {e}") from e
-    if "text" not in rows.column_names:
-        raise CalibrationError(f'{source}: the data set has no column "text" but {", ".join(rows.column_names)}')
-    return list(rows["text"])
 
 
 def fingerprint(documents: list[str]) -> str:
@@ -125,6 +147,8 @@ def tokenize(tokenizer: Any, documents: list[str]) -> Tensor:
 
 def windows(tokens: Tensor, samples: int, length: int, seed: int = -1, *, origin: str = "text") -> Tensor:
     """int64 `[samples, length]`: the first windows that do not overlap (seed -1), or a draw among them."""
+    if len(tokens) == 0:
+        raise CalibrationError(f"{origin}: gives no tokens; the text is empty, or the model's tokenizer is missing")
     have = len(tokens) // length
     if have < samples:
         raise CalibrationError(
@@ -235,7 +259,7 @@ def _random_spans(length: int, most_spans: int, generator: torch.Generator) -> T
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a model folder or hub id. Raises CalibrationError when it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise CalibrationError(f"{source}: the tokenizer could not be loaded: {e}") from e
 
@@ -248,6 +272,8 @@ def longest(config: Any) -> int:
 def samples_of(rows: Tensor, tokenizer: Any, config: Any, *, seed: int, corruption: str, origin: str) -> list[Sample]:
     """Samples of the kind that the model of `config` takes, from windows `[samples, length]` of `origin`."""
     vocabulary = config.get_text_config().vocab_size
+    if corruption not in CORRUPTIONS:
+        raise UnknownName("span corruption", corruption, list(CORRUPTIONS))
     if int(rows.max()) >= vocabulary:
         raise CalibrationError(
             f"{origin}: the tokenizer gave id {int(rows.max())}, the model has {vocabulary} embeddings; tokenizer and "

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbit.errors import FormatError, OutputError
+from halfbit.layout import Entry, name_of, parse_tensor
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+# what the manifest says of every matrix
+FACTS = ("loss", "bits_per_weight", "tokens")
 
 
 def checksum(tensor: Tensor) -> str:
@@ -51,7 +55,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise FormatError(f"{path}: expected format {FORMAT_VERSION}, got {got!r}; use the halfbit that wrote it")
+    try:
+        _check_manifest(manifest)
+    except FormatError as e:
+        raise FormatError(f"{path}: {e}; compress the model again", tensor=e.tensor) from e
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Everything that readers of a manifest rely on."""
+    for key in ("about", "blocks", "tensors", "packed", "matrices", "coverage", "files"):
+        if not isinstance(manifest.get(key), dict):
+            raise FormatError(f"expected an object {key!r}, got {manifest.get(key)!r}")
+    if not isinstance(manifest.get("complete"), bool) or not isinstance(manifest.get("fingerprint"), str):
+        raise FormatError("expected complete (true or false) and fingerprint (text)")
+    for name, entry in manifest["tensors"].items():
+        if not isinstance(entry, dict) or not {"file", "dtype", "shape", "sha256"} <= set(entry):
+            raise FormatError(f"{name}: expected file, dtype, shape and sha256, got {entry!r}", tensor=name)
+        parse_tensor([entry["dtype"], entry["shape"]], name)
+        # a name from a downloaded file must not lead out of the folder
+        if not isinstance(entry["file"], str) or Path(entry["file"]).name != entry["file"]:
+            raise FormatError(f"{name}: {entry['file']!r} is not a plain file name", tensor=name)
+    for path, projections in manifest["packed"].items():
+        if not isinstance(projections, dict):
+            raise FormatError(f"{path}: expected an object of projections, got {projections!r}", tensor=path)
+        for projection, config in projections.items():
+            Entry.parse(config, f"{path}.{projection}")
+    for name, fact in manifest["matrices"].items():
+        if not isinstance(fact, dict) or not all(isinstance(fact.get(k), float | int) for k in FACTS):
+            raise FormatError(f"{name}: expected {', '.join(FACTS)}, got {fact!r}", tensor=name)
 
 
 class Writer:
@@ -78,7 +110,8 @@ class Writer:
                     "Give another folder, or delete this one"
                 )
         else:
-            if self.folder.exists() and any(self.folder.iterdir()):
+            # a temporary file of ours may be left of a run that was killed at its first write
+            if self.folder.exists() and any(not re.fullmatch(r"\..*\.tmp", p.name) for p in self.folder.iterdir()):
                 raise OutputError(f"{self.folder}: is not empty and holds no halfbit run; give a new or empty folder")
             with _disk(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +125,7 @@ class Writer:
                 "packed": {},
                 "matrices": {},
                 "coverage": {},
+                "files": {},
             }
             self._write_manifest()
 
@@ -122,7 +156,7 @@ class Writer:
             for name, tensor in self._tensors.items():
                 self.manifest["tensors"][name] = {
                     "file": file,
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "dtype": name_of(tensor.dtype),
                     "shape": list(tensor.shape),
                     "sha256": checksum(tensor),
                 }
@@ -150,13 +184,19 @@ class Writer:
         for path in auxiliary:
             self._atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
         self._text("recipe.toml", recipe)
+        settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
         tensors = self.manifest["tensors"]
         total = sum((self.folder / f).stat().st_size for f in {t["file"] for t in tensors.values()})
         index = {"metadata": {"total_size": total}, "weight_map": {n: t["file"] for n, t in sorted(tensors.items())}}
         self._text(INDEX, json.dumps(index, indent=2) + "\n")
+        small = {
+            name: (self.folder / name).read_bytes() for name in [*(p.name for p in auxiliary), "recipe.toml", INDEX]
+        }
+        small["config.json"] = settings.encode()
+        self.manifest["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
         self.manifest["complete"] = True
         self._write_manifest()
-        self._text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        self._text("config.json", settings)
 
     def _write_manifest(self) -> None:
         self._text(MANIFEST, json.dumps(self.manifest, indent=1) + "\n")

@@ -1,0 +1,110 @@
+"""How a packed module is described in config.json and the manifest, and what its tensors are called.
+
+    "model.layers.0.mlp.experts": {"down_proj": {
+        "codec": {"name": "qmoe", "p0": 0.885}, "shape": [experts, out, in],
+        "tensors": {"codewords": ["uint16", [91234]], ...}}}
+
+Both files may come from anywhere, so `Entry.parse` believes nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halfbit import formats
+from halfbit.errors import FormatError, HalfbitError
+from halfbit.types import Codec, Packed
+
+DTYPES = {
+    str(t).removeprefix("torch."): t
+    for t in (
+        torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
+        torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
+        torch.float8_e5m2, torch.complex64,
+    )
+}  # fmt: skip
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def packed_name(projection: str) -> str:
+    """Module that holds a projection's packed tensors. Not the projection's own name: transformers' weight conversions
+    match names by pattern, and `experts.down_proj.codewords` would be taken for a weight to split on saving."""
+    return f"{projection}_packed"
+
+
+def stored_name(path: str, projection: str, part: str) -> str:
+    """Name of a stored tensor, e.g. `model.layers.0.mlp.experts.down_proj_packed.codewords`."""
+    return f"{path}.{packed_name(projection)}.{part}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One projection of a packed module: `experts` matrices one above another.
+
+    Attributes:
+        codec: of the stored tensors.
+        shape: (experts, out, in).
+        tensors: part -> (dtype, shape), the codec's parts in their order.
+    """
+
+    codec: Codec
+    shape: tuple[int, int, int]
+    tensors: dict[str, tuple[torch.dtype, list[int]]]
+
+    @classmethod
+    def of(cls, packed: Packed, experts: int) -> "Entry":
+        rows, columns = packed.shape
+        tensors = {part: (t.dtype, list(t.shape)) for part, t in packed.tensors.items()}
+        return cls(packed.codec, (experts, rows // experts, columns), tensors)
+
+    def to_config(self) -> dict[str, Any]:
+        tensors = {part: [name_of(dtype), shape] for part, (dtype, shape) in self.tensors.items()}
+        return {"codec": formats.to_config(self.codec), "shape": list(self.shape), "tensors": tensors}
+
+    @classmethod
+    def parse(cls, config: Any, where: str) -> "Entry":
+        """From a file. Raises FormatError that begins with `where`."""
+        if not isinstance(config, dict) or set(config) != {"codec", "shape", "tensors"}:
+            raise FormatError(f"{where}: expected codec, shape and tensors, got {_short(config)}", tensor=where)
+        try:
+            codec = formats.from_config(config["codec"])
+        except HalfbitError as e:
+            raise FormatError(f"{where}: {e}", tensor=where) from e
+        shape = config["shape"]
+        if not _is_shape(shape) or len(shape) != 3 or 0 in shape:
+            raise FormatError(f"{where}: expected the shape [experts, out, in], got {_short(shape)}", tensor=where)
+        given = config["tensors"]
+        if not isinstance(given, dict) or set(given) != set(codec.parts):
+            raise FormatError(
+                f"{where}: expected the tensors {', '.join(codec.parts)} of {codec.name}, got {_short(given)}",
+                tensor=where,
+            )
+        tensors = {part: parse_tensor(given[part], f"{where}.{part}") for part in codec.parts}
+        return cls(codec, (shape[0], shape[1], shape[2]), tensors)
+
+    def packed(self, tensors: dict[str, torch.Tensor]) -> Packed:
+        """The tall matrix `[experts * out, in]` from its parts."""
+        experts, out, columns = self.shape
+        return Packed(self.codec, (experts * out, columns), tensors)
+
+
+def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:
+    """`["uint16", [17]]` from a file, as dtype and shape. Raises FormatError."""
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in DTYPES or not _is_shape(value[1]):
+        raise FormatError(f"{where}: expected a dtype and a shape, got {_short(value)}", tensor=where)
+    return DTYPES[value[0]], value[1]
+
+
+def _is_shape(value: Any) -> bool:
+    # more than 2^62 elements fit no file, and would overflow where sizes are multiplied
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
