@@ -36,5 +36,11 @@ def machine() -> str:
 
 
 def commit() -> str:
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit that runs, "-dirty" where anything but the results themselves is not committed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results.csv")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
