@@ -5,7 +5,7 @@ import torch
 from halfbit import formats
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
 from halfbit.formats.grouped import Grouped
-from halfbit.formats.qmoe import QMoE
+from halfbit.formats.qmoe import QMoE, reference
 from halfbit.grids.affine import Affine
 from halfbit.grids.ternary import Ternary
 from halfbit.types import Codec, Packed, Solution
@@ -220,6 +220,20 @@ def test_a_row_that_decodes_to_the_wrong_width_is_named():
         QMoE().check(damaged)
     with pytest.raises(FormatError, match=r"row 4"):
         QMoE().decode(damaged)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_widths_are_checked_some_rows_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference, "CHECKED_AT_ONCE", at_once)
+    packed = QMoE().encode(ternary(29, 200, 0.8))
+    QMoE().check(packed)
+    for row in (0, 13, 28):
+        words = packed.tensors["codewords"].to(torch.int64)
+        at = int(packed.tensors["row_lengths"].to(torch.int64)[: row + 1].sum()) - 1
+        words[at] = 0 if int(words[at]) > 8 else 65535  # the shortest codewords come first, the last ones are long
+        damaged = Packed(packed.codec, packed.shape, packed.tensors | {"codewords": words.to(torch.uint16)})
+        with pytest.raises(FormatError, match=f"codewords of row {row} stand for"):
+            QMoE().check(damaged)
 
 
 def test_the_operator_is_known_to_torch_compile():

@@ -65,19 +65,26 @@ def decode(codewords: Tensor, row_offsets: Tensor, entries: Tensor, columns: int
     return torch.cat(parts).view(rows, even)[:, :columns] if even else of_entry.new_zeros(rows, 0)
 
 
+# codewords
+CHECKED_AT_ONCE = 1 << 20
+
+
 def check_widths(codewords: Tensor, row_offsets: Tensor, entries: Tensor, columns: int) -> None:
     """Raise FormatError for the first row whose codewords do not stand for its columns."""
-    counts = entries[codewords.to(torch.int64)] >> 56
-    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    widths = before[row_offsets[1:]] - before[row_offsets[:-1]]
-    even = columns + columns % 2
-    wrong = widths != even
-    if wrong.any():
-        row = int(torch.nonzero(wrong)[0])
-        raise FormatError(
-            f"qmoe: the codewords of row {row} stand for {int(widths[row])} columns, expected {even}; "
-            "the file is damaged, compress the block again"
-        )
+    even, rows = columns + columns % 2, row_offsets.shape[0] - 1
+    # some rows at a time: a count is four times as large as a codeword, and a stack of experts is as large as memory
+    step = max(1, CHECKED_AT_ONCE * rows // max(codewords.shape[0], 1))
+    for first in range(0, rows, step):
+        offsets = row_offsets[first : first + step + 1]
+        counts = entries[codewords[offsets[0] : offsets[-1]].to(torch.int64)] >> 56
+        before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[offsets - offsets[0]]
+        wrong = before.diff() != even
+        if wrong.any():
+            row = int(torch.nonzero(wrong)[0])
+            raise FormatError(
+                f"qmoe: the codewords of row {first + row} stand for {int(before.diff()[row])} columns, not {even}; "
+                "the file is damaged, compress the block again"
+            )
 
 
 def product(
