@@ -63,7 +63,7 @@ def test_bits_are_counted_from_the_files(folder) -> None:
     report = json.loads(fresh("inspect", folder, "--json"))
     packed = 0
     for path in folder.glob("*.safetensors"):
-        packed += sum(t.numel() * t.element_size() for n, t in load_file(path).items() if "_packed." in n)
+        packed += sum(t.numel() * t.element_size() for n, t in load_file(path).items() if ".packed_" in n)
     assert report["bits_per_expert_weight"] == 8 * packed / report["expert_weights"]
     assert report["parts"]["experts"]["bytes"] == packed
     assert report["total_bytes"] == sum(f.stat().st_size for f in folder.iterdir())
@@ -133,7 +133,7 @@ def test_verify_finds_codes_that_break_the_format(folder, tmp_path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     path = copy / "model-block-00000.safetensors"
     tensors = load_file(path)
-    name = "model.layers.0.mlp.experts.down_proj_packed.row_lengths"
+    name = "model.layers.0.mlp.experts.packed_down_proj.row_lengths"
     tensors[name] = tensors[name].to(torch.int32).roll(1).to(torch.uint16)
     save_file(tensors, path, metadata={"format": "pt"})
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -148,12 +148,12 @@ def test_loading_a_damaged_folder_names_the_module(folder, tmp_path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     path = copy / "model-block-00000.safetensors"
     tensors = load_file(path)
-    name = "model.layers.0.mlp.experts.down_proj_packed.row_lengths"
+    name = "model.layers.0.mlp.experts.packed_down_proj.row_lengths"
     tensors[name] = tensors[name].to(torch.int32).roll(1).to(torch.uint16)
     save_file(tensors, path, metadata={"format": "pt"})
     code, _, err = call("generate", copy, "--prompt", "x")
     assert code == 2
-    assert "model.layers.0.mlp.experts.down_proj_packed" in err
+    assert "model.layers.0.mlp.experts.packed_down_proj" in err
 
 
 def test_loading_a_folder_that_lacks_a_weight_names_it(folder, tmp_path) -> None:
@@ -306,7 +306,7 @@ def test_help_teaches() -> None:
 
 def test_parts_of_a_model() -> None:
     names = {
-        "model.layers.0.mlp.experts.down_proj_packed.codewords": "experts",
+        "model.layers.0.mlp.experts.packed_down_proj.codewords": "experts",
         "encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight": "experts",
         "model.layers.0.mlp.shared_experts.down_proj.weight": "shared experts",
         "model.layers.0.self_attn.q_norm.weight": "attention",

@@ -184,7 +184,7 @@ def test_the_folder_is_whole_and_only_experts_changed(name: str, made) -> None:
         assert stored[tensor].dtype == reader.dtype(tensor)
     packed = set(manifest["tensors"]) - set(untouched)
     assert packed
-    assert all("experts" in n and n.rpartition(".")[0].endswith("_packed") for n in packed)
+    assert all("experts" in n and n.split(".")[-2].startswith("packed_") for n in packed)
     solved = [e for e in events if isinstance(e, Solved)]
     assert {e.matrix for e in solved} == set(manifest["matrices"])
     assert all(0 <= e.loss < 1 for e in solved)
@@ -352,7 +352,7 @@ def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_p
 
 
 @pytest.mark.parametrize("name", ["qmoe", "qmoe-2bit"])
-@pytest.mark.parametrize("lost", ["experts.down_proj_packed", "mlp.gate.weight", "self_attn.q_proj.weight"])
+@pytest.mark.parametrize("lost", ["experts.packed_down_proj", "mlp.gate.weight", "self_attn.q_proj.weight"])
 def test_from_pretrained_refuses_a_folder_that_lacks_a_weight(name: str, lost: str, made, tmp_path) -> None:
     """transformers itself would warn and go on with random numbers."""
     source, _, _ = made("mixtral")

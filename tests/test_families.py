@@ -234,9 +234,10 @@ def test_switch_tokens_beyond_the_capacity_and_llama4_tokens_of_other_experts_ar
         assert {stack.form for stack in stacks.values()} == {form}
         skipped = sum(int((index == 5).sum()) for index in indices)
         taken = sum(int((index < 5).sum()) for index in indices)
-        # Llama 4: every token goes to one of five experts. Switch: an expert takes 4 of a sequence's 13 or 17 tokens
+        # Llama 4: every token goes to one of five experts. Switch: an expert takes 4 tokens, of a sequence or (in older
+        # versions of transformers) of a batch
         assert taken > 0
-        assert skipped == 4 * taken if form == "sorted" else 0 < skipped < taken
+        assert skipped == 4 * taken if form == "sorted" else skipped > 0
 
 
 def test_an_index_outside_the_experts_is_skipped(tmp_path):

@@ -34,11 +34,11 @@ def name_of(dtype: torch.dtype) -> str:
 def packed_name(projection: str) -> str:
     """Module that holds a projection's packed tensors. Not the projection's own name: transformers' weight conversions
     match names by pattern, and `experts.down_proj.codewords` would be taken for a weight to split on saving."""
-    return f"{projection}_packed"
+    return f"packed_{projection}"
 
 
 def stored_name(path: str, projection: str, part: str) -> str:
-    """Name of a stored tensor, e.g. `model.layers.0.mlp.experts.down_proj_packed.codewords`."""
+    """Name of a stored tensor, e.g. `model.layers.0.mlp.experts.packed_down_proj.codewords`."""
     return f"{path}.{packed_name(projection)}.{part}"
 
 
