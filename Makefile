@@ -17,7 +17,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(VENV)/bin/ruff format --check src tests bench examples docs
 	$(VENV)/bin/ruff check src tests bench examples docs
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 	$(RUN) -m pytest -q -m 'not slow'
 
 format: $(VENV)/installed

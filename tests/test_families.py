@@ -238,7 +238,7 @@ def test_llama4_tokens_of_other_experts_are_skipped(tmp_path):
 
 
 def test_switch_tokens_beyond_the_capacity_are_skipped(tmp_path):
-    """Their one-hot row is all zeros. (Not every version of transformers drops tokens, so the zeros are put in here.)"""
+    """Their one-hot row is all zeros. Not every version of transformers drops tokens, so the zeros are put in here."""
     whole = reference(tiny_models.save("switch-untied", tmp_path / "switch"))
     stacks, calls = find_experts(whole), record_experts(whole)
     with torch.no_grad():
