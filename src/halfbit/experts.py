@@ -178,20 +178,20 @@ def find_experts(model: nn.Module) -> dict[str, ExpertStack]:
             continue
         stack = _of_parameters(path, module) or _of_members(path, module)
         if stack is not None:
+            _refuse_others(stack, module)
             stacks[path] = stack
     return stacks
 
 
-def describe(path: str, module: nn.Module) -> ExpertStack:
-    """The description of one module that is known to be experts.
-
-    Raises:
-        Unsupported: it is not.
-    """
-    stack = _of_parameters(path, module) or _of_members(path, module)
-    if stack is None:
-        raise Unsupported(f"{path} ({type(module).__name__}): not an experts module that halfbit knows")
-    return stack
+def _refuse_others(stack: ExpertStack, module: nn.Module) -> None:
+    """Weights beside the matrices, biases and norm would be lost, for example those of a learned activation."""
+    known = stack.streamed()
+    for name, _ in module.named_parameters():
+        if f"{stack.path}.{name}" not in known and not name.startswith(f"{stack.post_norm}."):
+            raise Unsupported(
+                f"{stack.path}.{name}: a weight of {type(module).__name__} that is no matrix, bias or norm; these experts "
+                "need a form of their own in experts.py"
+            )
 
 
 def _of_parameters(path: str, module: nn.Module) -> ExpertStack | None:
