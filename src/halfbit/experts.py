@@ -189,8 +189,8 @@ def _refuse_others(stack: ExpertStack, module: nn.Module) -> None:
     for name, _ in module.named_parameters():
         if f"{stack.path}.{name}" not in known and not name.startswith(f"{stack.post_norm}."):
             raise Unsupported(
-                f"{stack.path}.{name}: a weight of {type(module).__name__} that is no matrix, bias or norm; these experts "
-                "need a form of their own in experts.py"
+                f"{stack.path}.{name}: a weight of {type(module).__name__} that is no matrix, bias or norm; such "
+                "experts need a form of their own in experts.py"
             )
 
 
