@@ -74,6 +74,7 @@ def test_bits_are_counted_from_the_files(folder) -> None:
     assert sum(layer["coverage"]["routed"]) == 16 * 128 * 2
 
 
+@pytest.mark.slow
 def test_a_fresh_process_evaluates_and_generates(folder) -> None:
     figures = json.loads(
         fresh(

@@ -104,7 +104,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _dataset(source: str) -> Iterator[str]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as e:
         raise CalibrationError(
             f"{source}: is no file, and data sets by name need the datasets library: pip install 'halfbit[datasets]'"
