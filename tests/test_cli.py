@@ -127,18 +127,24 @@ def test_verify_finds_every_kind_of_damage(damage, names: str, folder, tmp_path)
     assert any(names in p["where"] for p in json.loads(out)["problems"])
 
 
-def test_verify_finds_codes_that_break_the_format(folder, tmp_path) -> None:
-    """A checksum made to fit the damage: the format's own rules still hold."""
-    from halfbit.writer import checksum
-
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+def with_shifted_rows(folder: Path, copy: Path) -> tuple[Path, str, torch.Tensor]:
+    """A copy whose rows begin one row off; the tensor that says so, by name and value."""
+    shutil.copytree(folder, copy)
     path = copy / "model-block-00000.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.experts.packed_down_proj.row_lengths"
     tensors[name] = tensors[name].to(torch.int32).roll(1).to(torch.uint16)
     save_file(tensors, path, metadata={"format": "pt"})
+    return copy, name, tensors[name]
+
+
+def test_verify_finds_codes_that_break_the_format(folder, tmp_path) -> None:
+    """A checksum made to fit the damage: the format's own rules still hold."""
+    from halfbit.writer import checksum
+
+    copy, name, tensor = with_shifted_rows(folder, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["tensors"][name]["sha256"] = checksum(tensors[name])
+    manifest["tensors"][name]["sha256"] = checksum(tensor)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     code, out, _ = call("verify", copy, "--json")
     assert code == 1
@@ -146,12 +152,7 @@ def test_verify_finds_codes_that_break_the_format(folder, tmp_path) -> None:
 
 
 def test_loading_a_damaged_folder_names_the_module(folder, tmp_path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    path = copy / "model-block-00000.safetensors"
-    tensors = load_file(path)
-    name = "model.layers.0.mlp.experts.packed_down_proj.row_lengths"
-    tensors[name] = tensors[name].to(torch.int32).roll(1).to(torch.uint16)
-    save_file(tensors, path, metadata={"format": "pt"})
+    copy, _, _ = with_shifted_rows(folder, tmp_path / "copy")
     code, _, err = call("generate", copy, "--prompt", "x")
     assert code == 2
     assert "model.layers.0.mlp.experts.packed_down_proj" in err

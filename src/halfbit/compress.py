@@ -116,13 +116,15 @@ def compress(
         flow = Flow(part, samples, encoded, device) if samples else None
         for block in part.blocks:
             number = blocks.index(block)
-            stored = writer.read(block) if writer.has(block) else None
-            yield BlockBegan(block, number, resumed=stored is not None)
+            done = writer.has(block)
+            # without a flow nobody looks at what is done
+            stored = writer.read(block) if done and flow else None
+            yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
             for stack in family.experts_of(block):
                 pair = rules[stack.path]
                 routed = flow.capture(block, module, stack) if flow and module is not None else None
-                if stored is None and pair:
+                if pair and not done:
                     yield from _solve(family, stack, pair, recipe, routed, writer, device)
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
@@ -130,7 +132,7 @@ def compress(
                 if flow and routed is not None:
                     flow.give(stack, routed)
                 del routed  # or it would live through the next block
-            if stored is None:
+            if not done:
                 for name in claims.tensors_of(block):
                     if name not in compressed:
                         writer.put(name, reader.tensor(name))

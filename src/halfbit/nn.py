@@ -161,15 +161,16 @@ def experts_forward(
     flat = index.reshape(-1)
     expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     expert, order = torch.sort(expert, stable=True)
-    starts = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device))
+    # once to the CPU, where products want it: every further look would wait for the device again
+    starts = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device)).cpu()
     taken = int(starts[-1])
     expert, order = expert[:taken], order[:taken]
     token = order // index.shape[1]
 
-    x = up(hidden[token], starts.cpu())
+    x = up(hidden[token], starts)
     if up_bias is not None:
         x = x + up_bias[expert].to(x.dtype)
-    y = down(gate(x).contiguous(), starts.cpu())
+    y = down(gate(x).contiguous(), starts)
     if down_bias is not None:
         y = y + down_bias[expert].to(y.dtype)
     if post is not None:
@@ -253,12 +254,15 @@ class PackedExperts(nn.Module):
         assert isinstance(found, PackedMatrix)
         return found
 
+    def _bias(self, names: list[str]) -> Tensor | None:
+        found: list[Tensor] = [self.get_parameter(n) for n in names]
+        # one alone is not copied: this runs for every token
+        return torch.cat(found, dim=-1) if len(found) > 1 else found[0] if found else None
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         hidden, index, weights = self.stack.route(args, kwargs)
         up, down = self.matrix(self._up), self.matrix(self._down)
-        up_bias, down_bias = (
-            torch.cat([self.get_parameter(n) for n in names], dim=-1) if names else None for names in self._biases
-        )
+        up_bias, down_bias = (self._bias(names) for names in self._biases)
         experts = self.stack.num_experts
         if self._named_gate is not None:
             gate, numbers = self._named_gate
