@@ -1,12 +1,12 @@
 """The two values that are passed on, `Solution` and `Packed`, and the contracts of grids and codecs.
 
-    weights -> solver -> Solution -> Codec.encode -> Packed -> shard -> PackedExperts -> kernel
+    weights -> solver -> Solution -> Codec.encode -> Packed -> shard -> PackedExperts, PackedLinear -> kernel
 
 A `Solution` is what a solver decided about one matrix; a `Packed` is the bytes that say the same. The law between them:
 `codec.decode(codec.encode(s))` equals `s.dense()` bit for bit. It holds because a grid rounds its parameters to the
 dtype they are stored in before the solver uses them.
 
-Matrices are `[out, in]`; a stack of experts is one tall matrix `[experts * out, in]`, because rows are independent.
+Matrices are `[out, in]`; a stack of experts is one tall matrix `[experts * out, in]`, made of matrices of one shape.
 """
 
 from dataclasses import dataclass, field
@@ -32,8 +32,16 @@ class Grid(Protocol):
         """Columns that share parameters; None: the whole row."""
         ...
 
-    def fit(self, w: Tensor) -> Params:
-        """Parameters for `w` `[..., out, columns]` (one group of columns), already rounded to their stored dtype."""
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """Parameters for `w` `[..., out, columns]` (one group of columns), already rounded to their stored dtype.
+
+        `importance` `[..., columns]`, positive: what a squared error in each column costs. A grid may ignore it.
+        """
+        ...
+
+    def ready(self, params: Params) -> Params:
+        """`params` of one group as `nearest` and `values` compute with them: widened, taken apart. They accept both;
+        whoever asks for many columns of one group calls this once. Ready parameters stay as they are."""
         ...
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
@@ -46,33 +54,58 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """Weights kept in 16 bits; each REPLACES the grid's value (SpQR, arXiv 2306.03078, section 3.2).
+
+    Attributes:
+        rows, columns: int64 `[n]`; columns in the stored order. Every place once.
+        values: `[n]`, in the dtype they are stored in.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a solver decided about one matrix.
 
     Attributes:
         grid: the grid the codes refer to.
-        codes: uint8 `[out, in]`.
-        params: the grid's parameters in their stored dtype, each `[out, groups, ...]`; `groups` is 1 for whole rows.
+        codes: uint8 `[out, in]`, columns in the stored order.
+        params: the grid's parameters in their stored dtype, each `[rows, groups, ...]`; `rows` is `out`, or fewer where
+            rows share a parameter; `groups` is 1 for whole rows.
         loss: relative output error tr(dW H dW^T) / tr(W H W^T) under the Hessian that was used.
+        outliers: weights that are not on the grid; None: there are none.
+        order: int64 `[in]`, stored column j is the matrix's column `order[j]`; None: the columns are where they were.
     """
 
     grid: Grid
     codes: Tensor
     params: Params
     loss: float = float("nan")
+    outliers: Outliers | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dense(self) -> Tensor:
-        """The matrix as float32 `[out, in]`."""
+        """The matrix as float32 `[out, in]`, columns where they belong."""
         width = self.grid.group or max(self.codes.shape[1], 1)
         parts = [
             self.grid.values(block, {k: v[:, g] for k, v in self.params.items()})
             for g, block in enumerate(self.codes.split(width, dim=1))
         ]
-        return torch.cat(parts, dim=1) if parts else self.codes.to(torch.float32)
+        dense = torch.cat(parts, dim=1) if parts else self.codes.to(torch.float32)
+        if self.outliers is not None:
+            dense[self.outliers.rows, self.outliers.columns] = self.outliers.values.to(dense.dtype)
+        return dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order, dense)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +149,12 @@ class Codec(Protocol):
         """Raise FormatError where a structural rule is broken (dtype, shape, offsets, codes out of range)."""
         ...
 
-    def concatenate(self, parts: list[Packed]) -> Packed:
-        """Matrices of equal width, one above another, as one; equals encoding the tall matrix."""
+    def stack(self, parts: list[Packed]) -> Packed:
+        """Matrices of one shape, one above another, as one tall matrix. Raises ValueError for unequal shapes."""
         ...
 
-    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
-        """Rows `start` to `stop` as a matrix of their own, without decoding."""
+    def part(self, packed: Packed, number: int, count: int) -> Packed:
+        """Matrix `number` of the `count` that were stacked, without decoding; the bytes are what `stack` was given."""
         ...
 
     def runtime(self, packed: Packed) -> list[Tensor]:
@@ -140,5 +173,12 @@ class Codec(Protocol):
 
         Returns:
             `[tokens, out_features]` in the dtype of `x`, accumulated in float32.
+        """
+        ...
+
+    def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
+        """Rows of one matrix, decoded: int64 `[n]` -> float32 `[n, columns]`. What an embedding does.
+
+        Raises Unsupported where a format cannot find a row without decoding those before it.
         """
         ...
