@@ -5,6 +5,7 @@ default one.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from halfbit import registry
 from halfbit.errors import FormatError, Unsupported
 from halfbit.solve.rtn import rtn
-from halfbit.types import Codec, Grid, Packed, Params, Solution
+from halfbit.types import Codec, Grid, Outliers, Packed, Params, Solution
 
 VARIANTS: dict[str, list[dict]] = {
     "ternary": [{}, {"dtype": "float32"}],
@@ -85,20 +86,44 @@ def check_every_code_maps_to_itself(grid: Grid, w: Tensor) -> None:
 
 
 def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Iterator[Solution]:
-    """One Solution for each grid that the codec stores; at least one. Every other row is unusual."""
-    w = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed))
+    """One Solution for each grid that the codec stores, and another with what else it stores: a column order, outliers.
+
+    Every other row is unusual.
+    """
+    random = torch.Generator().manual_seed(seed)
+    w = torch.randn(1, rows, columns, generator=random)
     # constant rows (of which no value is 0.0), rows of one sign, rows of zeros
     w[:, 1::8], w[:, 3::8], w[:, 5::8], w[:, 7::8] = 0.7, -0.3, w[:, 5::8].abs(), 0
     found = False
     for grid in dict.fromkeys(grids() + _own_grid(codec)):
         (solution,) = rtn(w, None, grid, names=["w"])
-        try:
-            codec.encode(solution)
-        except Unsupported:
-            continue
-        found = True
-        yield solution
+        for with_more in (solution, _ordered(solution, random), _with_outliers(_ordered(solution, random), random)):
+            try:
+                codec.encode(with_more)
+            except Unsupported:
+                continue
+            found = True
+            yield with_more
     assert found, f"{codec!r} stores none of the grids of conformance.VARIANTS; add one"
+
+
+def _ordered(solution: Solution, random: torch.Generator) -> Solution:
+    return replace(solution, order=torch.randperm(solution.shape[1], generator=random))
+
+
+def _with_outliers(solution: Solution, random: torch.Generator) -> Solution:
+    """About a tenth of the weights, the first and the last among them; the codes under them are 0."""
+    there = torch.rand(solution.shape, generator=random) < 0.1
+    there.view(-1)[[0, -1]] = True
+    rows, columns = torch.nonzero(there[:, torch.randperm(solution.shape[1], generator=random)], as_tuple=True)
+    # in any order: sorting them is the codec's business
+    mixed = torch.randperm(len(rows), generator=random)
+    rows, columns = rows[mixed], columns[mixed]
+    dtype = getattr(torch, getattr(solution.grid, "dtype", "bfloat16"))
+    values = (10 * torch.randn(len(rows), generator=random)).to(dtype)
+    codes = solution.codes.clone()
+    codes[rows, columns] = 0
+    return replace(solution, codes=codes, outliers=Outliers(rows, columns, values))
 
 
 def _own_grid(codec: Codec) -> list[Grid]:
@@ -118,18 +143,30 @@ def check_law(codec: Codec, solution: Solution) -> Packed:
     return packed
 
 
-def check_rows_and_concatenate(codec: Codec, solution: Solution, cut: int) -> None:
-    """Cutting and putting together need no decoding and give the bytes of encoding directly."""
-    packed = codec.encode(solution)
-    upper, lower = codec.rows(packed, 0, cut), codec.rows(packed, cut, packed.shape[0])
-    assert torch.equal(codec.decode(upper), solution.dense()[:cut])
-    assert torch.equal(codec.decode(lower), solution.dense()[cut:])
-    above = codec.encode(
-        Solution(solution.grid, solution.codes[:cut], {k: v[:cut] for k, v in solution.params.items()})
-    )
-    for part in codec.parts:
-        assert torch.equal(upper.tensors[part], above.tensors[part])
-        assert torch.equal(codec.concatenate([upper, lower]).tensors[part], packed.tensors[part])
+def check_stack(codec: Codec, solutions: list[Solution]) -> None:
+    """Putting together and cutting need no decoding, and what is cut out has the bytes of what was put in."""
+    parts = [codec.encode(solution) for solution in solutions]
+    whole = codec.stack(parts)
+    codec.check(whole)
+    assert tuple(whole.tensors) == codec.parts
+    assert torch.equal(codec.decode(whole), torch.cat([solution.dense() for solution in solutions]))
+    for number, part in enumerate(parts):
+        cut = codec.part(whole, number, len(parts))
+        assert cut.shape == part.shape
+        for name in codec.parts:
+            assert cut.tensors[name].dtype == part.tensors[name].dtype
+            assert torch.equal(cut.tensors[name], part.tensors[name]), name
+
+
+def check_lookup(codec: Codec, solution: Solution) -> None:
+    """Looked-up rows are the matrix's rows, in any order, some twice, or none."""
+    tensors = codec.runtime(codec.encode(solution))
+    dense = solution.dense()
+    for count in (0, 1, 40):
+        rows = torch.randint(dense.shape[0], (count,), generator=torch.Generator().manual_seed(count))
+        found = codec.lookup(rows, tensors, dense.shape[1])
+        assert found.dtype == torch.float32
+        assert torch.equal(found, dense[rows])
 
 
 def check_damage_never_crashes(codec: Codec, packed: Packed, seed: int = 0) -> int:
@@ -167,22 +204,22 @@ def _damaged(packed: Packed, random: torch.Generator) -> Iterator[Packed]:
         raise AssertionError(f"{shape} was accepted for the tensors of a {packed.shape} matrix")
 
 
-def check_product(codec: Codec, solution: Solution, groups: int, tokens: list[int], dtype: torch.dtype) -> None:
-    """The error against float64 is at most twice that of torch's matmul in the dtype of x."""
-    w = solution.dense()
-    out = w.shape[0] // groups
+def check_product(codec: Codec, solutions: list[Solution], tokens: list[int], dtype: torch.dtype) -> None:
+    """The error against float64 is at most twice that of torch's matmul in the dtype of x. One matrix per group."""
+    matrices = [solution.dense() for solution in solutions]
+    out, columns = matrices[0].shape
     random = torch.Generator().manual_seed(1)
     # every second column of a wider tensor: not contiguous
-    x = torch.randn(sum(tokens), 2 * w.shape[1], generator=random).to(dtype)[:, ::2]
+    x = torch.randn(sum(tokens), 2 * columns, generator=random).to(dtype)[:, ::2]
     starts = torch.tensor([0, *tokens]).cumsum(0)
-    packed = codec.encode(solution)
+    packed = codec.stack([codec.encode(solution) for solution in solutions])
     y = codec.product(x, starts, codec.runtime(packed), out)
     assert y.shape == (sum(tokens), out)
     assert y.dtype == dtype
-    for g in range(groups):
-        rows, those = slice(g * out, (g + 1) * out), slice(int(starts[g]), int(starts[g + 1]))
-        exact = x[those].double() @ w[rows].double().T
-        plain = (x[those] @ w[rows].to(dtype).T).double()
+    for g, w in enumerate(matrices):
+        those = slice(int(starts[g]), int(starts[g + 1]))
+        exact = x[those].double() @ w.double().T
+        plain = (x[those] @ w.to(dtype).T).double()
         if exact.numel():
             # the second term is one rounding of the result, for sizes at which torch happens to be exact
             allowed = 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()

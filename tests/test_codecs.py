@@ -1,14 +1,19 @@
+from collections.abc import Callable
+from dataclasses import replace
+
 import conformance
 import pytest
 import torch
+from torch import Tensor
 
 from halfbit import formats
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
+from halfbit.formats import _order
 from halfbit.formats.grouped import Grouped
 from halfbit.formats.qmoe import QMoE, reference
 from halfbit.grids.affine import Affine
 from halfbit.grids.ternary import Ternary
-from halfbit.types import Codec, Packed, Solution
+from halfbit.types import Codec, Outliers, Packed, Solution
 
 all_codecs = pytest.mark.parametrize("codec", conformance.codecs(), ids=repr)
 
@@ -52,10 +57,23 @@ def test_decoding_gives_what_was_encoded_at_odd_shapes(codec: Codec, rows: int, 
 
 
 @all_codecs
-def test_rows_are_cut_and_put_together_without_decoding(codec: Codec):
-    for solution in conformance.solutions_for(codec, 17, 37):
-        for cut in (0, 1, 8, 17):
-            conformance.check_rows_and_concatenate(codec, solution, cut)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_matrices_are_stacked_and_cut_without_decoding(codec: Codec, count: int):
+    # with and without an order and outliers, in turn
+    kinds = [list(conformance.solutions_for(codec, 17, 37, seed=n)) for n in range(count)]
+    for first in range(len(kinds[0])):
+        conformance.check_stack(codec, [kind[(first + n) % len(kind)] for n, kind in enumerate(kinds)])
+        conformance.check_stack(codec, [kind[first] for kind in kinds])
+
+
+@all_codecs
+def test_rows_are_looked_up_without_decoding_the_others(codec: Codec):
+    if codec.name == "qmoe":
+        with pytest.raises(Unsupported, match="not looked up"):
+            codec.lookup(torch.tensor([0]), [], 37)
+        return
+    for solution in conformance.solutions_for(codec, 37, 37):
+        conformance.check_lookup(codec, solution)
 
 
 @all_codecs
@@ -68,14 +86,16 @@ def test_damage_is_an_error_or_another_matrix_never_a_crash(codec: Codec):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [[5], [0, 0, 0], [1, 0, 2], [17, 1, 0], [0, 2, 17]])
 def test_the_product_is_as_exact_as_torch(codec: Codec, tokens: list[int], dtype: torch.dtype):
-    for solution in conformance.solutions_for(codec, 21 * len(tokens), 63):
-        conformance.check_product(codec, solution, len(tokens), tokens, dtype)
+    kinds = [list(conformance.solutions_for(codec, 21, 63, seed=n)) for n in range(len(tokens))]
+    for first in range(len(kinds[0])):
+        solutions = [kind[(first + n) % len(kind)] for n, kind in enumerate(kinds)]
+        conformance.check_product(codec, solutions, tokens, dtype)
 
 
 @all_codecs
 def test_encoding_does_not_depend_on_memory_layout(codec: Codec):
     for solution in conformance.solutions_for(codec, 17, 37):
-        transposed = Solution(solution.grid, solution.codes.T.contiguous().T, solution.params)
+        transposed = replace(solution, codes=solution.codes.T.contiguous().T)
         a, b = codec.encode(solution), codec.encode(transposed)
         assert all(torch.equal(a.tensors[part], b.tensors[part]) for part in codec.parts)
 
@@ -87,10 +107,11 @@ def test_a_codec_is_its_configuration(codec: Codec):
 
 
 @all_codecs
-def test_matrices_of_two_widths_are_not_put_together(codec: Codec):
-    a, b = (codec.encode(next(iter(conformance.solutions_for(codec, 3, columns)))) for columns in (8, 16))
-    with pytest.raises(ValueError, match="widths"):
-        codec.concatenate([a, b])
+@pytest.mark.parametrize("other", [(3, 16), (4, 8)])
+def test_matrices_of_two_shapes_are_not_stacked(codec: Codec, other: tuple[int, int]):
+    a, b = (codec.encode(next(iter(conformance.solutions_for(codec, *shape)))) for shape in ((3, 8), other))
+    with pytest.raises(ValueError, match="one shape"):
+        codec.stack([a, b])
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,60 @@ def test_grouped_bits_per_weight():
     solution = next(iter(conformance.solutions_for(Grouped(bits=2, group=None), 16, 6144)))
     # 2 bits per weight, 16 for the scale and 8 for the zero of a row
     assert Grouped(bits=2).encode(solution).bits_per_weight == 2 + 24 / 6144
+
+
+def test_an_order_shared_by_all_matrices_is_stored_once():
+    plain = next(iter(conformance.solutions_for(Grouped(), 16, 300)))
+    random = torch.Generator().manual_seed(0)
+    a, b = (replace(plain, order=torch.randperm(300, generator=random)) for _ in range(2))
+    # eight bits and one more for each of 300 columns
+    for solutions, orders in [([a, a, a], 1), ([a, b, a], 3), ([a, plain, a], 3), ([plain, plain, plain], 0)]:
+        packed = Grouped().stack([Grouped().encode(s) for s in solutions])
+        assert packed.tensors["order"].shape == (orders, 300 + 38)
+    identity = replace(plain, order=torch.arange(300))
+    assert Grouped().encode(identity).tensors["order"].shape == (0, 338)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 255, 256, 257, 65536, 65537])
+def test_orders_survive_at_every_width(columns: int):
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+    packed = _order.pack_order(order, columns, order.device)
+    _order.check_order(packed, columns, 1, "grouped")
+    assert all(torch.equal(row, order) for row in _order.unpack_order(packed, columns))
+    assert packed.shape[0] == (columns > 1)
+    bits = max(8, (columns - 1).bit_length())
+    assert 0 <= packed.numel() * 8 - bits * columns * packed.shape[0] < 16
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda o: o.index_fill(1, torch.tensor([0]), int(o[0, 1])), "no permutation"),
+        (lambda o: o.index_fill(1, torch.tensor([o.shape[1] - 1]), 255), "no permutation|unused bits"),
+        (lambda o: o + torch.tensor([0] * (o.shape[1] - 1) + [128]).to(torch.uint8), "unused bits"),
+        (lambda o: o[:, :-1], "order must be uint8"),
+        (lambda o: o.to(torch.int64), "order must be uint8"),
+        (lambda o: o.expand(3, -1), "not 3 matrices"),
+    ],
+)
+def test_damaged_orders_are_found(damage: Callable[[Tensor], Tensor], says: str):
+    _, ordered = list(conformance.solutions_for(Grouped(), 16, 300))[:2]
+    packed = Grouped().encode(ordered)
+    damaged = Packed(packed.codec, packed.shape, packed.tensors | {"order": damage(packed.tensors["order"])})
+    with pytest.raises(FormatError, match=says) as caught:
+        Grouped().check(damaged)
+    assert caught.value.tensor == "order"
+
+
+def test_what_only_spqr_stores_is_refused_by_name():
+    solution = next(iter(conformance.solutions_for(Grouped(), 3, 8)))
+    one = torch.tensor([0])
+    outliers = Outliers(one, one, torch.ones(1, dtype=torch.bfloat16))
+    with pytest.raises(Unsupported, match="grouped: stores no outliers"):
+        Grouped().encode(replace(solution, outliers=outliers))
+    for more in ({"outliers": outliers}, {"order": torch.tensor([1, 0, 2, 3])}):
+        with pytest.raises(Unsupported, match="qmoe: stores neither"):
+            QMoE().encode(replace(ternary(2, 4, zeros=0.5), **more))
 
 
 def test_grouped_stores_only_its_own_grid():

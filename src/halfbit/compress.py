@@ -225,7 +225,7 @@ def _write(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer
     """The matrices of all experts of a module, one above another, and their entry in the config."""
     entry = {}
     for matrices, projection in zip(packed, stored_names(stack), strict=True):
-        whole = matrices[0].codec.concatenate(matrices)
+        whole = matrices[0].codec.stack(matrices)
         for part, tensor in whole.tensors.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = Entry.of(whole, stack.num_experts).to_config()
@@ -242,8 +242,7 @@ def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> l
 
 
 def _rows(whole: Packed, stack: ExpertStack, expert: int) -> Packed:
-    out = whole.shape[0] // stack.num_experts
-    return whole.codec.rows(whole, expert * out, (expert + 1) * out)
+    return whole.codec.part(whole, expert, stack.num_experts)
 
 
 def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:

@@ -6,8 +6,17 @@ from itertools import pairwise
 from torch import Tensor
 
 
-def grouped_product(x: Tensor, starts: Tensor, out_features: int, matrix: Callable[[int], Tensor]) -> Tensor:
-    """Tokens `starts[g]` to `starts[g + 1]` times `matrix(g)`, float32 `[out_features, in]`; see `Codec.product`."""
+def grouped_product(
+    x: Tensor,
+    starts: Tensor,
+    out_features: int,
+    matrix: Callable[[int], Tensor],
+    order: Callable[[int], Tensor | None] = lambda _: None,
+) -> Tensor:
+    """Tokens `starts[g]` to `starts[g + 1]` times `matrix(g)`, float32 `[out_features, in]`; see `Codec.product`.
+
+    Column j of `matrix(g)` belongs to column `order(g)[j]` of `x`; None: to column j.
+    """
     bounds = starts.tolist()
     if bounds[0] != 0 or bounds[-1] != x.shape[0]:
         raise ValueError(
@@ -16,5 +25,7 @@ def grouped_product(x: Tensor, starts: Tensor, out_features: int, matrix: Callab
     y = x.new_empty(x.shape[0], out_features)
     for g, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
-            y[start:stop] = x[start:stop].float() @ matrix(g).T
+            columns = order(g)
+            tokens = x[start:stop] if columns is None else x[start:stop, columns]
+            y[start:stop] = tokens.float() @ matrix(g).T
     return y

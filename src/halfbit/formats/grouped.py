@@ -3,6 +3,7 @@
     codes   uint8 [rows, ceil(columns * bits / 8)]   code i of a row at bits i * bits, lowest bit first
     scale   bfloat16 [rows, groups]                  value = scale * (code - zero)
     zero    uint8 [rows, ceil(groups * bits / 8)]    packed like the codes; [rows, 0] where symmetric
+    order   uint8 [k, bytes]                         how the columns are sorted, `_order.py`; k = 0: not at all
 
 A row of 6144 weights in 2 bits with one group costs 2.003 bits per weight, with groups of 64 it costs 2.28.
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from halfbit.bits import pack, packed_bytes, unpack
 from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._grouped_product import grouped_product
+from halfbit.formats._order import check_order, order_of, pack_order, part_order, put_back, stack_orders, unpack_order
+from halfbit.formats._shapes import one_shape
 from halfbit.grids.affine import Affine
 from halfbit.types import Packed, Solution
 
@@ -40,7 +43,7 @@ class Grouped:
     symmetric: bool = False
 
     name: ClassVar[str] = "grouped"
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero", "order")
 
     def __post_init__(self) -> None:
         try:
@@ -56,12 +59,18 @@ class Grouped:
     def encode(self, solution: Solution) -> Packed:
         if solution.grid != self.grid:
             raise Unsupported(f"grouped: {self!r} stores {self.grid!r}, got {solution.grid!r}; make the two agree")
-        scale = solution.params["scale"]
+        if solution.outliers is not None:
+            raise Unsupported("grouped: stores no outliers; use the format 'spqr'")
+        codes, scale = pack(solution.codes, self.bits), solution.params["scale"]
         zero = pack(solution.params["zero"], self.bits) if not self.symmetric else _no_bytes(scale)
-        return Packed(self, solution.shape, {"codes": pack(solution.codes, self.bits), "scale": scale, "zero": zero})
+        order = pack_order(solution.order, solution.shape[1], codes.device)
+        return Packed(self, solution.shape, {"codes": codes, "scale": scale, "zero": zero, "order": order})
 
     def decode(self, packed: Packed) -> Tensor:
-        return self._dense(*self.runtime(packed), columns=packed.shape[1])
+        *tensors, order = self.runtime(packed)
+        dense = self._stored(*tensors, columns=packed.shape[1])
+        step = max(1, packed.shape[0] // max(order.shape[0], 1))
+        return torch.cat([put_back(part, order_of(order, n)) for n, part in enumerate(dense.split(step))])
 
     def check(self, packed: Packed) -> None:
         rows, columns = packed.shape
@@ -87,31 +96,44 @@ class Grouped:
                 "grouped: a scale is NaN, infinite or beyond the grid's range; the file is damaged", tensor="scale"
             )
 
-    def concatenate(self, parts: list[Packed]) -> Packed:
-        columns = {part.shape[1] for part in parts}
-        if len(columns) != 1:
-            raise ValueError(f"grouped: only matrices of one width can be put together, got widths {sorted(columns)}")
-        tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in self.parts}
-        return Packed(self, (sum(part.shape[0] for part in parts), columns.pop()), tensors)
+        matrices = packed.tensors["order"].shape[0] if packed.tensors["order"].ndim else 0
+        if matrices > 1 and rows % matrices:
+            raise FormatError(f"grouped: {rows} rows are not {matrices} matrices, one per order", tensor="order")
+        check_order(packed.tensors["order"], columns, matrices, "grouped")
 
-    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
-        """Rows `start` to `stop` as a matrix of their own, without decoding."""
-        tensors = {key: packed.tensors[key][start:stop] for key in self.parts}
-        return Packed(self, (stop - start, packed.shape[1]), tensors)
+    def stack(self, parts: list[Packed]) -> Packed:
+        rows, columns = one_shape(parts)
+        tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in ("codes", "scale", "zero")}
+        tensors["order"] = stack_orders([part.tensors["order"] for part in parts], columns)
+        return Packed(self, (len(parts) * rows, columns), tensors)
+
+    def part(self, packed: Packed, number: int, count: int) -> Packed:
+        rows, columns = packed.shape[0] // count, packed.shape[1]
+        tensors = {key: packed.tensors[key][number * rows : (number + 1) * rows] for key in ("codes", "scale", "zero")}
+        tensors["order"] = part_order(packed.tensors["order"], number, columns)
+        return Packed(self, (rows, columns), tensors)
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """[codes, scale, zero], as stored."""
+        """[codes, scale, zero] as stored, and the order as int64 [k, columns]."""
         self.check(packed)
-        return [packed.tensors[part] for part in self.parts]
+        t = packed.tensors
+        return [t["codes"], t["scale"], t["zero"], unpack_order(t["order"], packed.shape[1])]
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        *stored, order = tensors
+
         def matrix(g: int) -> Tensor:
             rows = slice(g * out_features, (g + 1) * out_features)
-            return self._dense(*(t[rows] for t in tensors), columns=x.shape[1])
+            return self._stored(*(t[rows] for t in stored), columns=x.shape[1])
 
-        return grouped_product(x, starts, out_features, matrix)
+        return grouped_product(x, starts, out_features, matrix, lambda g: order_of(order, g))
 
-    def _dense(self, codes: Tensor, scale: Tensor, zero: Tensor, *, columns: int) -> Tensor:
+    def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
+        *stored, order = tensors
+        return put_back(self._stored(*(t[rows] for t in stored), columns=columns), order_of(order, 0))
+
+    def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor, *, columns: int) -> Tensor:
+        """float32 `[rows, columns]` in the stored order."""
         params = {"scale": scale}
         if not self.symmetric:
             params["zero"] = unpack(zero, self.bits, self._groups(columns))

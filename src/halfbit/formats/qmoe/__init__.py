@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import FormatError, Unsupported
+from halfbit.formats._shapes import one_shape
 from halfbit.formats.qmoe import kernels, reference
 from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
 from halfbit.grids.ternary import Ternary
@@ -50,6 +51,8 @@ class QMoE:
     def encode(self, solution: Solution) -> Packed:
         if not isinstance(solution.grid, Ternary):
             raise Unsupported(f"qmoe: stores the grid 'ternary', got {solution.grid!r}; use the format 'grouped'")
+        if solution.outliers is not None or solution.order is not None:
+            raise Unsupported("qmoe: stores neither outliers nor a column order; use the format 'spqr'")
         levels = solution.params["levels"]
         if levels.dtype != torch.bfloat16:
             raise Unsupported(f"qmoe: stores levels as bfloat16, got {levels.dtype}; use Ternary(dtype='bfloat16')")
@@ -81,27 +84,22 @@ class QMoE:
         offsets = _offsets(packed.tensors["row_lengths"])
         reference.check_widths(packed.tensors["codewords"], offsets, entries, packed.shape[1])
 
-    def concatenate(self, parts: list[Packed]) -> Packed:
-        columns = {part.shape[1] for part in parts}
-        if len(columns) != 1:
-            raise ValueError(f"qmoe: only matrices of one width can be put together, got widths {sorted(columns)}")
+    def stack(self, parts: list[Packed]) -> Packed:
+        rows, columns = one_shape(parts)
         tensors = {
             key: torch.cat([part.tensors[key] for part in parts]) for key in ("codewords", "row_lengths", "levels")
         }
-        pivots, rows = [], 0
-        for part in parts:
-            pivots.append(part.tensors["pivots"] + (rows << 16))
-            rows += part.shape[0]
-        return Packed(self, (rows, columns.pop()), tensors | {"pivots": torch.cat(pivots)})
+        pivots = [part.tensors["pivots"] + (number * rows << 16) for number, part in enumerate(parts)]
+        return Packed(self, (len(parts) * rows, columns), tensors | {"pivots": torch.cat(pivots)})
 
-    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
-        """Rows `start` to `stop` as a matrix of their own, without decoding."""
-        t = packed.tensors
+    def part(self, packed: Packed, number: int, count: int) -> Packed:
+        t, rows = packed.tensors, packed.shape[0] // count
+        start, stop = number * rows, (number + 1) * rows
         offsets = _offsets(t["row_lengths"])
         of_row = t["pivots"] >> 16
         return Packed(
             self,
-            (stop - start, packed.shape[1]),
+            (rows, packed.shape[1]),
             {
                 "codewords": t["codewords"][int(offsets[start]) : int(offsets[stop])],
                 "row_lengths": t["row_lengths"][start:stop],
@@ -121,6 +119,9 @@ class QMoE:
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         return torch.ops.halfbit.qmoe_product(x, starts, tensors, out_features)
+
+    def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
+        raise Unsupported("qmoe: single rows are not looked up; store an embedding in 'grouped' or 'spqr'")
 
     def _check_tensors(self, packed: Packed) -> None:
         """Everything that can be seen without looking at the codewords."""
