@@ -115,5 +115,5 @@ def test_damaged_configs_are_refused(config):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UnknownName, match="affine, ternary"):
+    with pytest.raises(UnknownName, match="affine, bilevel, ternary"):
         grids.from_config({"name": "os"})

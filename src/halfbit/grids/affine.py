@@ -50,7 +50,7 @@ class Affine:
     def largest_code(self) -> int:
         return (1 << self.bits) - 1
 
-    def fit(self, w: Tensor) -> Params:
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """{"scale": [..., out], "zero": uint8 [..., out]}; no "zero" where symmetric."""
         if not torch.isfinite(w).all():
             raise NonFinite("Affine: a weight is NaN or infinite, so its group has no range")
@@ -70,20 +70,24 @@ class Affine:
         zero = torch.round(-low / _exact(scale)).clamp(0, self.largest_code)
         return {"scale": scale, "zero": zero.to(torch.uint8)}
 
+    def ready(self, params: Params) -> Params:
+        """{"step": float [..., out, 1], "shift": float [..., out, 1]}, the scale and the zero."""
+        if "step" in params:
+            return params
+        step = _exact(params["scale"])[..., None]
+        if self.symmetric:
+            return {"step": step, "shift": torch.full_like(step, 1 << (self.bits - 1))}
+        # float, because uint8 differences wrap
+        return {"step": step, "shift": params["zero"][..., None].to(torch.float32)}
+
     def nearest(self, w: Tensor, params: Params) -> Tensor:
-        steps = torch.round(w / _exact(params["scale"])[..., None])
-        return (steps + self._zero(params)).clamp(0, self.largest_code).to(torch.uint8)
+        params = self.ready(params)
+        return (torch.round(w / params["step"]) + params["shift"]).clamp_(0, self.largest_code).to(torch.uint8)
 
     def values(self, codes: Tensor, params: Params) -> Tensor:
-        scale = _exact(params["scale"])[..., None]
+        params = self.ready(params)
         # exact for a bfloat16 scale: 8 bits of scale times 9 bits of difference fit the 24 of float32
-        return scale * (codes.to(scale.dtype) - self._zero(params))
-
-    def _zero(self, params: Params) -> Tensor | int:
-        if self.symmetric:
-            return 1 << (self.bits - 1)
-        # float, because uint8 differences wrap
-        return params["zero"][..., None].to(torch.float32)
+        return params["step"] * (codes.to(params["step"].dtype) - params["shift"])
 
     def _round_scale(self, step: Tensor) -> Tensor:
         dtype = DTYPES[self.dtype]

@@ -1,8 +1,8 @@
 """SpQR's grid: scale * (code - zero) per small group, with scales and zeros that are themselves on small grids.
 
-The zero is not an integer and the range need not contain 0.0, unlike `affine.py`. A group is some columns of one row. The
-scales of `supergroup` rows at one column group are quantized to `scale_bits` by min-max with a 16-bit scale and zero of
-their own, and so are the zeros: 3 + 6 / 16 + 64 / (16 * 16) = 3.625 bits per weight at the defaults
+The zero is not an integer and the range need not contain 0.0, unlike `affine.py`. A group is some columns of one row.
+The scales of `supergroup` rows at one column group are quantized to `scale_bits` by min-max with a 16-bit scale and a
+16-bit zero of their own, and so are the zeros: 3 + 6 / 16 + 64 / (16 * 16) = 3.625 bits per weight at the defaults
 (Dettmers et al. 2023, https://arxiv.org/abs/2306.03078, section 4.1, Eq. 4; `quant_groups.py` of Vahe1994/SpQR).
 
     scale = a * (scale_code - b)       zero = c * (zero_code - d)       value = scale * (code - zero)
@@ -39,11 +39,11 @@ class Bilevel:
         bits: 2 to 8.
         group: columns that share scale and zero (the paper's beta1); None: the whole row. The last may be shorter.
         scale_bits, zero_bits: 2 to 8, or 16: stored as they are, in `dtype`.
-        supergroup: rows whose scales (and zeros) share a second-level grid (the paper's beta2). The last may be shorter.
+        supergroup: rows whose scales (and zeros) share a second-level grid (the paper's beta2). The last may be fewer.
         dtype: of the second-level statistics, of 16-bit ones and of outliers: "float16" or "bfloat16" are stored, the
             others serve comparisons.
-        rounding: what each step of the three formulas is rounded to; "float16" is what the published kernels compute and
-            what their checkpoints mean.
+        rounding: what each step of the three formulas is rounded to; "float16" is what the published kernels compute
+            and what their checkpoints mean.
     """
 
     bits: int = 3
@@ -79,18 +79,122 @@ class Bilevel:
         """{"scale_codes": uint8 [..., out], "scale_grid": [..., supergroups, 2], "zero_codes", "zero_grid"}.
 
         With 16 bits: "scale" [..., out] in place of codes and grid; "zero" likewise.
+        Raises NonFinite, and Unsupported where a statistic is beyond the largest number of `dtype`.
         """
-        raise NotImplementedError
+        if not torch.isfinite(w).all():
+            raise NonFinite("Bilevel: a weight is NaN or infinite, so its group has no range")
+        w = _exact(w)
+        low, high = w.amin(-1), w.amax(-1)
+        # a group of one value: with 0.0 in its range the value is a grid point, and the zero is one of the codes
+        constant = low == high
+        low, high = torch.where(constant, low.clamp(max=0), low), torch.where(constant, high.clamp(min=0), high)
+        steps = high / self.largest_code - low / self.largest_code
+        scale = torch.maximum(steps, torch.maximum(-low, high) / LARGEST_ZERO)
+        empty = scale == 0
+        scale = self._fill(scale, empty)
+        params = self._store("scale", scale, self.scale_bits)
+        stored = self._statistic("scale", params).to(w.dtype)
+        # what the stored scale is too small or too large by is shared by both ends of the range
+        zero = self.largest_code / 2 - (low / 2 + high / 2) / stored
+        # the nearest storable scale may be far too small for its row
+        zero = zero.clamp(-2 * LARGEST_ZERO, 2 * LARGEST_ZERO)
+        # a group of zeros wants an integer
+        zero = zero.masked_fill(empty, 0)
+        return params | self._store("zero", zero, self.zero_bits)
 
     def ready(self, params: Params) -> Params:
-        """{"scale": float [..., out, 1], "zero": float [..., out, 1]}."""
-        raise NotImplementedError
+        """{"step": float [..., out, 1], "shift": float [..., out, 1]}, the scale and the zero."""
+        if "step" in params:
+            return params
+        return {
+            "step": self._statistic("scale", params)[..., None],
+            "shift": self._statistic("zero", params)[..., None],
+        }
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
-        raise NotImplementedError
+        params = self.ready(params)
+        codes = (w / params["step"] + params["shift"]).round_().clamp_(0, self.largest_code)
+        if self.rounding == "float16":
+            # the points are not equally spaced then: a neighbour may be nearer
+            for other in ((codes - 1).clamp_(min=0), (codes + 1).clamp_(max=self.largest_code)):
+                nearer = (self._value(other, params) - w).abs() < (self._value(codes, params) - w).abs()
+                codes = torch.where(nearer, other, codes)
+        return codes.to(torch.uint8)
 
     def values(self, codes: Tensor, params: Params) -> Tensor:
-        raise NotImplementedError
+        return self._value(codes, self.ready(params))
+
+    def _value(self, codes: Tensor, ready: Params) -> Tensor:
+        return self._rounded(ready["step"] * self._rounded(codes.to(ready["step"].dtype) - ready["shift"]))
+
+    def _rounded(self, t: Tensor) -> Tensor:
+        return t.to(torch.float16).to(t.dtype) if self.rounding == "float16" else t
+
+    def _statistic(self, name: str, params: Params) -> Tensor:
+        """Scales or zeros `[..., out]` as they are stored, widened."""
+        if name in params:
+            return _exact(params[name])
+        codes, grid = params[f"{name}_codes"], _exact(params[f"{name}_grid"])
+        rows = grid.repeat_interleave(self.supergroup, dim=-2)[..., : codes.shape[-1], :]
+        return self._rounded(rows[..., 0] * self._rounded(codes.to(grid.dtype) - rows[..., 1]))
+
+    def _store(self, name: str, t: Tensor, bits: int) -> Params:
+        """Scales or zeros `[..., out]`, rounded to `bits`."""
+        if bits == 16:
+            stored = t.to(DTYPES[self.dtype]) if name == "zero" else self._round_positive(t)
+            self._check(stored)
+            return {name: stored}
+        largest = (1 << bits) - 1
+        groups = self._supergroups(t)
+        low, high = groups.amin(-1), groups.amax(-1)
+        magnitude = torch.maximum(low.abs(), high.abs())
+        step = torch.maximum(high / largest - low / largest, magnitude / LARGEST_ZERO)
+        step = self._round_positive(step.masked_fill(magnitude == 0, 1))
+        start = (-low / _exact(step)).to(DTYPES[self.dtype])
+        grid = torch.stack([step, start], -1)
+        self._check(grid)
+        wide = _exact(grid)[..., None, :]
+        codes = (groups / wide[..., 0] + wide[..., 1]).round_().clamp_(0, largest)
+        if name == "scale":
+            # the nearest code with a positive scale; start is at most 0
+            values = self._rounded(wide[..., 0] * self._rounded(codes.to(wide.dtype) - wide[..., 1]))
+            codes = torch.where(values > 0, codes, codes + 1)
+        codes = codes.flatten(-2)[..., : t.shape[-1]].to(torch.uint8)
+        return {f"{name}_codes": codes, f"{name}_grid": grid}
+
+    def _supergroups(self, t: Tensor) -> Tensor:
+        """`[..., out]` -> `[..., supergroups, supergroup]`; the last is filled up with its last row."""
+        missing = -t.shape[-1] % self.supergroup
+        if missing:
+            t = torch.cat([t, t[..., -1:].expand(*t.shape[:-1], missing)], -1)
+        return t.unflatten(-1, (-1, self.supergroup))
+
+    def _fill(self, scale: Tensor, empty: Tensor) -> Tensor:
+        """Groups of zeros take the smallest scale of their supergroup, and 1 where there are only such."""
+        smallest = self._supergroups(scale.masked_fill(empty, torch.inf)).amin(-1, keepdim=True)
+        smallest = smallest.masked_fill(smallest == torch.inf, 1).expand(*smallest.shape[:-1], self.supergroup)
+        return torch.where(empty, smallest.flatten(-2)[..., : scale.shape[-1]], scale)
+
+    def _round_positive(self, t: Tensor) -> Tensor:
+        dtype = DTYPES[self.dtype]
+        # float16 has its numbers below the smallest normal one everywhere; for the others a GPU may flush them to zero
+        smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+        return t.to(torch.promote_types(t.dtype, dtype)).clamp(min=smallest).to(dtype)
+
+    def _check(self, statistics: Tensor) -> None:
+        if not (statistics.abs() <= _largest(statistics.dtype)).all():
+            help = 'dtype="bfloat16" reaches further' if self.dtype == "float16" else "are they weights?"
+            raise Unsupported(f"Bilevel: the weights are too large for statistics in {self.dtype}; {help}")
+
+
+def _largest(dtype: torch.dtype) -> float:
+    # 2^bits steps of a zero of up to 1024 away must not overflow float32
+    return torch.finfo(dtype).max if dtype == torch.float16 else torch.finfo(torch.float32).max / 4096
+
+
+def _exact(t: Tensor) -> Tensor:
+    """Widened to float32 at least, so that no further rounding happens."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 GRID = Bilevel

@@ -38,7 +38,7 @@ class Ternary:
         """The whole row has one pair of levels."""
         return None
 
-    def fit(self, w: Tensor) -> Params:
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """{"levels": [..., out, 2]}, low then high."""
         if not torch.isfinite(w).all():
             raise NonFinite("Ternary: a weight is NaN or infinite, so its row has no range")
@@ -51,14 +51,20 @@ class Ternary:
         largest = torch.finfo(dtype).max
         return {"levels": torch.stack([low, high], -1).to(dtype).clamp(-largest, largest)}
 
+    def ready(self, params: Params) -> Params:
+        """{"low", "high": float [..., out, 1]}."""
+        if "low" in params:
+            return params
+        levels = _exact(params["levels"])
+        return {"low": levels[..., 0, None], "high": levels[..., 1, None]}
+
     def nearest(self, w: Tensor, params: Params) -> Tensor:
-        half = _exact(params["levels"]) / 2
-        low, high = half[..., 0, None], half[..., 1, None]
-        return (2 * (w > high).to(torch.uint8)) + (w < low).to(torch.uint8)
+        params = self.ready(params)
+        return (2 * (w > params["high"] / 2).to(torch.uint8)) + (w < params["low"] / 2).to(torch.uint8)
 
     def values(self, codes: Tensor, params: Params) -> Tensor:
-        levels = _exact(params["levels"])
-        low, high = levels[..., 0, None], levels[..., 1, None]
+        params = self.ready(params)
+        low, high = params["low"], params["high"]
         return torch.where(codes == 2, high, torch.where(codes == 1, low, torch.zeros_like(low)))
 
 

@@ -1,12 +1,14 @@
 """What a solver is judged by: tr(dW H dW^T) / tr(W H W^T), the share of a layer's output that is error."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from halfbit.errors import NonFinite
+from halfbit.types import Solution
 
 
 def relative_loss(
@@ -17,6 +19,11 @@ def relative_loss(
     if error <= 0:
         return 0.0
     return error / whole if whole > 0 else float("inf")
+
+
+def measured(solution: Solution, w: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None) -> Solution:
+    """The solution of `w` with its loss."""
+    return replace(solution, loss=relative_loss(w, solution.dense(), hessian))
 
 
 def check_finite(w: Float[Tensor, "experts out in"], names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from halfbit.solve.loss import check_finite, relative_loss
+from halfbit.solve.loss import check_finite, measured
 from halfbit.types import Grid, Params, Solution
 
 
@@ -26,21 +26,10 @@ def rtn(
     for columns in w.split(grid.group or max(w.shape[2], 1), dim=2):
         params.append(grid.fit(columns))
         codes.append(grid.nearest(columns, params[-1]))
-    return solutions(w, torch.cat(codes, dim=2), params, hessian, grid)
-
-
-def solutions(
-    w: Float[Tensor, "experts out in"],
-    codes: Tensor,
-    params: list[Params],
-    hessian: Float[Tensor, "experts in in"] | None,
-    grid: Grid,
-) -> list[Solution]:
-    """The batch taken apart: one Solution per expert, each with its loss."""
     stacked = {key: torch.stack([p[key] for p in params], dim=2) for key in params[0]}
+    all_codes = torch.cat(codes, dim=2)
     found = []
     for e in range(w.shape[0]):
-        unmeasured = Solution(grid, codes[e], {key: value[e] for key, value in stacked.items()})
-        loss = relative_loss(w[e], unmeasured.dense(), None if hessian is None else hessian[e])
-        found.append(Solution(grid, unmeasured.codes, unmeasured.params, loss))
+        solution = Solution(grid, all_codes[e], {key: value[e] for key, value in stacked.items()})
+        found.append(measured(solution, w[e], None if hessian is None else hessian[e]))
     return found
