@@ -24,6 +24,14 @@ VARIANTS: dict[str, list[dict]] = {
         {"bits": 8, "dtype": "float32"},
         {"bits": 2, "symmetric": True, "dtype": "float32"},
     ],
+    "bilevel": [
+        {},
+        {"dtype": "bfloat16"},
+        {"bits": 2, "group": 5, "supergroup": 3, "scale_bits": 16, "dtype": "bfloat16"},
+        {"bits": 4, "group": None, "supergroup": 64, "zero_bits": 16},
+        {"bits": 8, "scale_bits": 16, "zero_bits": 16, "dtype": "bfloat16"},
+        {"bits": 3, "group": 8, "supergroup": 16, "scale_bits": 4, "zero_bits": 2, "rounding": "float16"},
+    ],
     "qmoe": [{}, {"p0": 0.6}],
     "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
 }
