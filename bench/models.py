@@ -55,7 +55,7 @@ def main() -> None:
             given = [out, "--text", options.test, "--against", options.model, "--max-tokens", options.max_tokens]
             figures, _, _ = run("eval", *given, *shared, "--json")
         note = (
-            f"{report['bits_per_expert_weight']:.4f} bits per expert weight, perplexity {figures['perplexity']:.3f} "
+            f"{report['bits_per_packed_weight']:.4f} bits per expert weight, perplexity {figures['perplexity']:.3f} "
             f"(original {figures['original_perplexity']:.3f}), loss {figures['loss']:.4f} "
             f"({figures['original_loss']:.4f}), KL {figures['kl_divergence']:.4f}, top-1 agreement "
             f"{figures['top1_agreement']:.4f}, peak memory {peak} MiB, "

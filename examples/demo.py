@@ -43,8 +43,8 @@ def main() -> None:
     table = Table("", "original", "compressed", title=f"tiny-moe by the recipe qmoe, {seconds:.0f} s")
     experts = report["parts"]["experts"]
     table.add_row("files, bytes", f"{folder_bytes(MODEL):,}", f"{folder_bytes(OUT):,}")
-    table.add_row("experts, bytes", f"{2 * report['expert_weights']:,}", f"{experts['bytes']:,}")
-    table.add_row("bits per expert weight, all included", "16", f"{report['bits_per_expert_weight']:.3f}")
+    table.add_row("experts, bytes", f"{2 * report['packed_weights']:,}", f"{experts['bytes']:,}")
+    table.add_row("bits per expert weight, all included", "16", f"{report['bits_per_packed_weight']:.3f}")
     table.add_row("perplexity", *(f"{figures[n].perplexity:.2f}" for n in figures))
     table.add_row("tokens per second, reading", *(f"{figures[n].tokens_per_second:,.0f}" for n in figures))
     table.add_row("tokens per second, writing", *(f"{speed[n]:.0f}" for n in speed))

@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     )
     report = json.loads(told)
     assert report["complete"]
-    assert report["expert_weights"] == 4 * 8 * (2 * 192 * 128 + 128 * 192)
+    assert report["packed_weights"] == 4 * 8 * (2 * 192 * 128 + 128 * 192)
     return out
 
 
@@ -64,11 +64,11 @@ def test_bits_are_counted_from_the_files(folder) -> None:
     packed = 0
     for path in folder.glob("*.safetensors"):
         packed += sum(t.numel() * t.element_size() for n, t in load_file(path).items() if ".packed_" in n)
-    assert report["bits_per_expert_weight"] == 8 * packed / report["expert_weights"]
+    assert report["bits_per_packed_weight"] == 8 * packed / report["packed_weights"]
     assert report["parts"]["experts"]["bytes"] == packed
     assert report["total_bytes"] == sum(f.stat().st_size for f in folder.iterdir())
     # 64 bits of metadata per row cost QMoE 1.816 on this model
-    assert 1.0 < report["bits_per_expert_weight"] < 1.76
+    assert 1.0 < report["bits_per_packed_weight"] < 1.76
     layer = report["layers"]["model.layers.2.mlp.experts"]
     assert set(layer["projections"]) == {"gate_up_proj", "down_proj"}
     assert sum(layer["coverage"]["routed"]) == 16 * 128 * 2

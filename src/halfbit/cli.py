@@ -95,6 +95,15 @@ def compress(
         int | None, typer.Option(min=0, max=MOST, help="Draw samples with this seed. [the text's first, in order]")
     ] = None,
     corruption: Annotated[str | None, typer.Option(help="Of encoder-decoder models: t5 or fixed. [recipe: t5]")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="SpQR rules: as many outliers as fit in so many stored bits per weight.")
+    ] = None,
+    outliers: Annotated[
+        float | None, typer.Option(help="SpQR rules: this share of weights as outliers, 0.005.")
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="SpQR rules: outliers by the paper's relative threshold, 0.2.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -108,6 +117,9 @@ def compress(
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
+    for budget, value in {"bits": bits, "outliers": outliers, "tau": tau}.items():
+        if value is not None:
+            chosen = chosen.budgeted(budget, value)
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     report = inspect_folder(folder)
     if as_json:
@@ -255,17 +267,21 @@ def _show_report(report: dict[str, Any]) -> None:
     for part, row in sorted(report["parts"].items(), key=lambda item: -item[1]["bytes"]):
         table.add_row(part, f"{row['bytes']:,}", f"{row['weights']:,}", f"{row['bits_per_weight']:.3f}")
     out.print(table)
-    bits = report["bits_per_expert_weight"]
-    told = (
-        "no experts compressed yet" if bits is None else f"compressed experts: {bits:.4f} bits per weight, all included"
-    )
+    told = "nothing compressed yet"
+    if (bits := report["bits_per_packed_weight"]) is not None:
+        several = len(report["packed"]) > 1
+        each = ", ".join(f"{part} {row['bits_per_weight']:.4f}" for part, row in sorted(report["packed"].items()))
+        told = (
+            f"compressed weights: {bits:.4f} bits each, all included{f' ({each})' if several else ''}; "
+            f"whole model: {report['bits_per_weight']:.4f}"
+        )
     out.print(f"all files: {report['total_bytes']:,} bytes; {told}", soft_wrap=True)
     if not report["complete"]:
         out.print("the run that writes this folder has not finished; the same compress command continues it")
 
 
 def _show_layers(report: dict[str, Any]) -> None:
-    table = Table("experts", "projection", "mean loss", "worst loss", "bits", "tokens per expert", "below floor")
+    table = Table("module", "projection", "mean loss", "worst loss", "bits", "tokens per expert", "below floor")
     for path, layer in report["layers"].items():
         cover = layer["coverage"]
         spread = f"{min(cover['trained'])} to {max(cover['trained'])}" if cover else "none"

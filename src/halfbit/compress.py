@@ -2,14 +2,19 @@
 
 For each block (QMoE, arXiv 2310.16795, section 3.2, and the published code's order of work):
 
-    load the block without its experts; run all samples to the experts' door and keep what each was given
+    load the block without its experts
+    linear layers before the experts: Hessian of what each was given -> solve -> encode -> decode, and the decoded weight
+        takes the weight's place
+    run all samples to the experts' door and keep what each was given
     for each group of experts: weights from the shards -> Hessians of their tokens -> solve -> encode -> decode,
         and the decoded experts' outputs are added up for all tokens
+    the linear layers behind the experts (shared experts) likewise
     run the block again with these outputs in the experts' place; the result feeds the next block
     commit the block: one file, then its lines in the manifest
 
-Device memory holds one block without experts and one group of experts. A run that was interrupted starts again with the
-same arguments; committed blocks are read back instead of solved.
+An embedding is rounded before the first block runs, the output head is solved after the last. Device memory holds one
+block without experts and one group of experts. A run that was interrupted starts again with the same arguments; committed
+blocks are read back instead of solved.
 """
 
 import hashlib
@@ -33,6 +38,8 @@ from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow
 from halfbit.layout import Entry, stored_name
+from halfbit.linear_groups import Chosen, choose, put_back, solve_group, solve_reached, unseen
+from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
@@ -68,16 +75,20 @@ def compress(
     family = open_family(reader)
     claims, dtype = family.claims(), _compute_dtype(reader, device)
     rules = {path: _rules(recipe, stack) for path, stack in family.experts.items()}
-    if not any(rules.values()):
+    linears = choose(recipe, family)
+    if not any(rules.values()) and not linears:
         raise RecipeError(
             f"{source}: no weight matches a rule of recipe {recipe.name!r} "
             f"({', '.join(r.match for r in recipe.rules)}); "
-            f"this model has {f'experts at {next(iter(rules))}' if rules else 'no experts modules'}"
+            f"this model has {f'experts at {next(iter(rules))}' if rules else 'no experts modules'} and linear layers "
+            f"such as {', '.join(list(find_linears(family.model, family.experts, claims.tied))[:3])}"
         )
-    compressed = _compressed(claims, [family.experts[path] for path, pair in rules.items() if pair])
+    packed_stacks = [family.experts[path] for path, pair in rules.items() if pair]
+    compressed = _compressed(claims, packed_stacks, [linear for linear, _ in linears.values()])
     documents: list[str] = []
     samples: list[Sample] = []
-    if any(rule.solver != "rtn" for pair in rules.values() if pair for rule in pair):
+    in_use = [rule for pair in rules.values() if pair for rule in pair] + [rule for _, rule in linears.values()]
+    if any(rule.solver != "rtn" for rule in in_use):
         if recipe.calibration.sequence_length == 0:
             recipe = recipe.calibrated(sequence_length=longest(family.config))
         documents, samples = _samples(reader, family, recipe, calibration)
@@ -93,7 +104,7 @@ def compress(
     yield Began(
         writer.folder,
         blocks=len(blocks),
-        matrices=sum(2 * family.experts[path].num_experts for path, pair in rules.items() if pair),
+        matrices=sum(2 * stack.num_experts for stack in packed_stacks) + len(linears),
         resumed=sum(map(writer.has, blocks)),
         solved=len(writer.manifest["matrices"]),
     )
@@ -103,8 +114,9 @@ def compress(
             f"this run was begun with {begun_with} threads and goes on with {about['threads']}: sums are rounded in "
             "another order, so the result will not be bit-identical to one made in one go"
         )
-    for rule in _unused(recipe, family):
-        yield Noticed(f"rule {rule.match!r} is the first match of no expert matrix; only experts can be compressed yet")
+    for rule in recipe.rules:
+        if rule.codec is not None and not any(rule is used for used in in_use):
+            yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
     if writer.complete:
         yield Finished(writer.folder)
         return
@@ -112,6 +124,9 @@ def compress(
     encoded: Activations | None = None
     if samples:
         family.load_outer(device, dtype)
+    outside = {path: pair for path, pair in linears.items() if family.block_of(path) is None}
+    embeddings = {path: pair for path, pair in outside.items() if pair[0].kind == "embedding"}
+    yield from _outside("embedding", embeddings, None, family, recipe, writer, device)
     for part in family.stacks():
         flow = Flow(part, samples, encoded, device) if samples else None
         for block in part.blocks:
@@ -121,7 +136,14 @@ def compress(
             stored = writer.read(block) if done and flow else None
             yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
-            for stack in family.experts_of(block):
+            pending = {path: pair for path, pair in linears.items() if family.block_of(path) == block}
+            if done and stored is not None:
+                put_back(family, pending, writer, stored)
+            pending = {} if done else pending
+            stacks = family.experts_of(block)
+            for number_of_stack, stack in enumerate(stacks):
+                doors = stacks[number_of_stack:]
+                yield from solve_reached(family, pending, flow, block, module, doors, recipe, writer, device)
                 pair = rules[stack.path]
                 routed = flow.capture(block, module, stack) if flow and module is not None else None
                 if pair and not done:
@@ -132,25 +154,48 @@ def compress(
                 if flow and routed is not None:
                     flow.give(stack, routed)
                 del routed  # or it would live through the next block
+            yield from solve_reached(family, pending, flow, block, module, (), recipe, writer, device)
             if not done:
                 for name in claims.tensors_of(block):
                     if name not in compressed:
                         writer.put(name, reader.tensor(name))
                 writer.commit(block, f"model-block-{number:05d}.safetensors")
             if flow and module is not None:
-                if block != blocks[-1]:
+                if block != blocks[-1] or len(outside) > len(embeddings):
                     flow.advance(block, module)
                 family.unload_block(block)
             yield BlockDone(block, number)
+        if part is family.stacks()[-1]:
+            heads = {path: pair for path, pair in outside.items() if path not in embeddings}
+            yield from _outside("head", heads, flow, family, recipe, writer, device)
         encoded = flow.end() if flow and part is not family.stacks()[-1] else None
 
-    for number, names in enumerate(_shards(reader, [n for n, claim in claims.tensors.items() if claim.block is None])):
+    plain = [n for n, claim in claims.tensors.items() if claim.block is None and n not in compressed]
+    for number, names in enumerate(_shards(reader, plain)):
         if not writer.has(f"outer {number}"):
             for name in names:
                 writer.put(name, reader.tensor(name))
             writer.commit(f"outer {number}", f"model-outer-{number:05d}.safetensors")
-    writer.finish(_config(reader, writer), [reader.path(n) for n in reader.auxiliary_files()], recipe.to_toml())
+    writer.finish(
+        _config(reader, writer, linears), [reader.path(n) for n in reader.auxiliary_files()], recipe.to_toml()
+    )
     yield Finished(writer.folder)
+
+
+def _outside(
+    name: str, chosen: Chosen, flow: Flow | None, family: Family, recipe: Recipe, writer: Writer, device: str
+) -> Iterator[Event]:
+    """Solve and commit the embedding or the output head; a head without a flow is rounded to nearest."""
+    unit = f"outer {name}"
+    if writer.has(unit):
+        put_back(family, chosen, writer, writer.read(unit))
+        return
+    for path, (linear, rule) in chosen.items():
+        solved = flow is not None and rule.solver != "rtn"
+        seen = flow.observe_head(path, family.model.get_submodule(path)) if flow and solved else unseen(linear, device)
+        yield from solve_group(family, seen, chosen, recipe, writer, device)
+    if chosen:
+        writer.commit(unit, f"model-outer-{name}.safetensors")
 
 
 def _solve(
@@ -201,9 +246,13 @@ def _groups(stack: ExpertStack, recipe: Recipe) -> list[range]:
     return [range(i, min(i + step, stack.num_experts)) for i in range(0, stack.num_experts, step)]
 
 
-def _compressed(claims: Claims, stacks: Iterable[ExpertStack]) -> set[str]:
-    """Checkpoint tensors whose weights are stored in packed form (biases of experts are not)."""
+def _compressed(claims: Claims, stacks: Iterable[ExpertStack], linears: Iterable[Linear]) -> set[str]:
+    """Checkpoint tensors whose weights are stored in packed form (biases are not)."""
     weights = [name for stack in stacks for projection in stack.projections for name in stack.parameters(projection)]
+    for linear in linears:
+        # a checkpoint may hold a tied weight under both names
+        twins = (f"{twin}.{WEIGHT}" for twin in linear.twins)
+        weights += [linear.name, *(name for name in twins if name in claims.sources)]
     return {tensor for name in weights for names in claims.sources[name].names.values() for tensor in names}
 
 
@@ -271,12 +320,6 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
     return first, last
 
 
-def _unused(recipe: Recipe, family: Family) -> list[Rule]:
-    """Rules with a codec that do nothing."""
-    used = [recipe.rule(f"{s.path}.{p}") for s in family.experts.values() for p in s.projections]
-    return [rule for rule in recipe.rules if rule.codec is not None and not any(rule is u for u in used)]
-
-
 def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None) -> tuple[list[str], list[Sample]]:
     """The calibration text, and the samples that the recipe wants of it."""
     if source is None:
@@ -318,11 +361,12 @@ def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], samples: 
     return digest.hexdigest()
 
 
-def _config(reader: Reader, writer: Writer) -> dict[str, Any]:
+def _config(reader: Reader, writer: Writer, linears: Chosen) -> dict[str, Any]:
     config = json.loads(reader.path("config.json").read_text("utf-8"))
     config["quantization_config"] = {
         "quant_method": "halfbit",
         "format": FORMAT_VERSION,
         "modules": writer.manifest["packed"],
+        "tied": {twin: path for path, (linear, _) in linears.items() for twin in linear.twins},
     }
     return config

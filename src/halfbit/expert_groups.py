@@ -16,9 +16,8 @@ from halfbit.errors import CoverageError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.recipe import Coverage, Recipe, Rule
-from halfbit.solve.gptq import gptq
 from halfbit.solve.hessian import Hessian, shrink
-from halfbit.solve.rtn import rtn
+from halfbit.solving import solve as solve_matrices
 from halfbit.types import Packed, Solution
 
 # tokens that go through one expert at a time
@@ -123,8 +122,8 @@ def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed
     notices: list[str] = []
     if routed is None:
         eye = [torch.eye(w.shape[2], device=w.device).expand(w.shape[0], -1, -1) for w in (group.up, group.down)]
-        up = _solve(group.up, eye[0], rules[0], recipe, group.names, notices)
-        down = _solve(group.down, eye[1], rules[1], recipe, group.names, notices)
+        up = solve_matrices(group.up, eye[0], rules[0], recipe.solving, group.names, notices)
+        down = solve_matrices(group.down, eye[1], rules[1], recipe.solving, group.names, notices)
         return SolvedGroup(up, down, [0] * len(group.names), notices)
 
     train = [_training_rows(routed, e, max_tokens(recipe.coverage, routed)) for e in group.experts]
@@ -133,12 +132,12 @@ def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed
     pooled = routed.hidden[_spread(routed.keep)].to(group.up)
 
     h = _hessians(group, train, routed, recipe.coverage, tokens, pooled, _as_it_is)
-    up = _solve(group.up, h, rules[0], recipe, group.names, notices)
+    up = solve_matrices(group.up, h, rules[0], recipe.solving, group.names, notices)
     seen = group
     if recipe.solving.true_sequential:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
     h = _hessians(seen, train, routed, recipe.coverage, tokens, pooled, seen.hidden)
-    down = _solve(group.down, h, rules[1], recipe, group.names, notices)
+    down = solve_matrices(group.down, h, rules[1], recipe.solving, group.names, notices)
     return SolvedGroup(up, down, tokens, notices)
 
 
@@ -198,24 +197,3 @@ def _hessians(
         if n < coverage.floor:
             h[i] = torch.eye(width, device=h.device)
     return h
-
-
-def _solve(w: Tensor, h: Tensor, rule: Rule, recipe: Recipe, names: list[str], notices: list[str]) -> list[Solution]:
-    assert rule.grid is not None
-    if rule.solver == "rtn":
-        return [_on_cpu(s) for s in rtn(w, h, rule.grid, names=names)]
-    solving = recipe.solving
-    found = gptq(
-        w,
-        h,
-        rule.grid,
-        names=names,
-        damping=solving.damping,
-        block=solving.block,
-        on_repair=lambda r: notices.append(f"{r.name}: its Hessian needed repair: {r.action}, damping {r.damping:g}"),
-    )
-    return [_on_cpu(s) for s in found]
-
-
-def _on_cpu(solution: Solution) -> Solution:
-    return replace(solution, codes=solution.codes.cpu(), params={k: v.cpu() for k, v in solution.params.items()})

@@ -127,6 +127,16 @@ class Family:
         names = {p: stack.bias_parameter(p) for p in stack.projections}
         return {p: self._read_some(name, start, stop) for p, name in names.items() if name is not None}
 
+    def weight(self, name: str) -> Tensor:
+        """One weight of the model, from the checkpoint, in the checkpoint's dtype."""
+        return self._read(name)
+
+    def replace(self, name: str, value: Tensor) -> None:
+        """Let a weight of the model have other values, where it is loaded."""
+        weight = self.model.get_parameter_or_buffer(name)
+        if weight.device.type != "meta":
+            weight.data.copy_(value)
+
     # inside
 
     def _weights(self) -> list[str]:

@@ -1,13 +1,17 @@
 """The calibration samples on their way through one part of a model, block by block.
 
 A block with experts runs twice: once up to the experts' door, to learn what each expert is given, and once more with
-the compressed experts' outputs in their place, so that no more than a group of experts is ever on the device.
+the compressed experts' outputs in their place, so that no more than a group of experts is ever on the device. Where
+linear layers are compressed too it runs once more for those before the door and once for those behind it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbit.activations import Activations, Routed
@@ -15,13 +19,66 @@ from halfbit.blocks import Context, Stack
 from halfbit.errors import NonFinite, Unsupported
 from halfbit.experts import ExpertStack
 from halfbit.samples import Sample
+from halfbit.solve.hessian import Hessian
 
 # tokens that go through a block at a time
 BLOCK_TOKENS = 4096
 
 
 class _Door(Exception):
-    """Ends a block's forward where its experts would start."""
+    """Ends a forward where what follows is not there yet, or not needed."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """Linear layers that are given the same tensor, in the order in which they run, and its Hessian (one "expert")."""
+
+    paths: list[str]
+    hessian: Hessian
+
+
+@dataclass(eq=False)
+class _Watch:
+    """Adds up what linear layers are given. Accumulates: `groups` over all batches, `given` over one."""
+
+    groups: list[Seen] = field(default_factory=list)
+    given: list[tuple[Tensor, Seen]] = field(default_factory=list)
+    keep: Tensor | None = None
+
+    def add(self, path: str, x: Tensor) -> None:
+        seen = next((group for tensor, group in self.given if tensor is x), None)
+        known = next((group for group in self.groups if path in group.paths), None)
+        if known is None:
+            if seen is None:
+                seen = Seen([], Hessian(1, x.shape[-1], device=x.device))
+                self.groups.append(seen)
+            seen.paths.append(path)
+            known = seen
+        if path == known.paths[0]:
+            rows = x.reshape(-1, x.shape[-1])
+            # what is not one row per token, such as an encoder's states in a decoder, is taken whole
+            keep = self.keep
+            known.hessian.add(rows[keep.to(x.device)] if keep is not None and len(keep) == len(rows) else rows)
+        self.given.append((x, known))
+
+
+def _shut(*_args: Any, **_kwargs: Any) -> Tensor:
+    raise _Door
+
+
+def _must_be_linear(path: str) -> Callable[..., None]:
+    """Compares what a subclass of nn.Linear answers with x W^T + b."""
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], answer: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        expected = F.linear(x, module.weight, module.bias)  # pyright: ignore[reportArgumentType]
+        if answer.shape != expected.shape or not torch.allclose(answer, expected, rtol=1e-2, atol=1e-3):
+            raise Unsupported(
+                f"{path}: {type(module).__name__} is called a linear layer and computes something else; leave it out "
+                "with a rule that has no codec"
+            )
+
+    return compare
 
 
 class _answering:
@@ -77,6 +134,57 @@ class Flow:
     def activations(self) -> Activations:
         assert self._activations is not None
         return self._activations
+
+    def observe(self, block: str, module: nn.Module, paths: Iterable[str], doors: Iterable[ExpertStack]) -> list[Seen]:
+        """What the linear layers at `paths` are given by all samples, grouped by input.
+
+        The block runs up to the first of `doors`, the experts that are not solved yet; layers behind it, and layers
+        that do not run, are not in the result. Solved experts replay their outputs.
+        """
+        watch = _Watch()
+        linears = {path: module.get_submodule(path.removeprefix(f"{block}.")) for path in paths}
+        for number, batch in enumerate(self._batches):
+            with (
+                self._watching(watch, linears, batch),
+                _answering(module, block, {**self._replayed(number), **{door.path: _shut for door in doors}}),
+            ):
+                try:
+                    self._run(block, number, batch)
+                except _Door:
+                    continue
+        return watch.groups
+
+    def observe_head(self, path: str, head: nn.Module) -> Seen:
+        """What the output head is given by all samples, after the last block."""
+        watch = _Watch()
+        with _answering(self._part.model, "", {path: _shut}):
+            for number, batch in enumerate(self._batches):
+                with self._watching(watch, {path: head}, batch):
+                    try:
+                        self._part.end(self.activations.view(batch).to(self._device), self._contexts[number])
+                    except _Door:
+                        continue
+                raise Unsupported(f"{path}: the model ended without calling its head; cannot calibrate it")
+        return watch.groups[0]
+
+    @contextmanager
+    def _watching(self, watch: _Watch, linears: dict[str, nn.Module], batch: range) -> Iterator[None]:
+        starts = self.activations.starts
+        watch.keep, watch.given = self.activations.keep[starts[batch.start] : starts[batch.stop]], []
+
+        def before(path: str) -> Callable[..., None]:
+            return lambda _module, args, kwargs: watch.add(path, args[0] if args else kwargs["input"])
+
+        hooks = [m.register_forward_pre_hook(before(path), with_kwargs=True) for path, m in linears.items()]
+        for path, m in linears.items():
+            if type(m).forward is not nn.Linear.forward and batch is self._batches[0]:
+                hooks.append(m.register_forward_hook(_must_be_linear(path), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            watch.given = []
 
     def capture(self, block: str, module: nn.Module, stack: ExpertStack) -> Routed:
         """What `stack` is given by all samples; experts before it in the same block replay their outputs."""

@@ -40,8 +40,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     """Bytes and bits by part, losses and coverage per layer, all from the folder's files.
 
     Returns:
-        "parts": part -> {"bytes", "weights", "bits_per_weight"}; "total_bytes" of all files; "bits_per_expert_weight"
-        over the compressed experts, metadata included; "layers": experts module -> mean loss, bits and coverage.
+        "parts": part -> {"bytes", "weights", "bits_per_weight"}; "total_bytes" of all files; "packed": parts as above,
+        of what is compressed alone; "bits_per_packed_weight", metadata included, and "packed_weights"; "bits_per_weight"
+        of the whole model; "layers": compressed module -> mean loss, bits and coverage.
     """
     root = Path(folder)
     manifest = read_manifest(root)
@@ -49,28 +50,35 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     for path, projection, entry in _entries(manifest):
         # the first part stands for all weights, so that they are counted once
         counts = [prod(entry.shape), *[0] * (len(entry.tensors) - 1)]
-        weights |= {stored_name(path, projection, t): n for t, n in zip(entry.tensors, counts, strict=True)}
+        names = [stored_name(path, projection, part) for part in entry.tensors]
+        weights |= {n: c for n, c, part in zip(names, counts, entry.tensors, strict=True) if part not in entry.shared}
     parts: dict[str, dict[str, float]] = {}
-    packed_bytes = 0
+    packed: dict[str, dict[str, float]] = {}
     for name, tensor in manifest["tensors"].items():
-        row = parts.setdefault(part_of(name), {"bytes": 0, "weights": 0})
         nbytes = prod(tensor["shape"]) * DTYPES[tensor["dtype"]].itemsize
-        row["bytes"] += nbytes
-        row["weights"] += weights.get(name, prod(tensor["shape"]))
-        packed_bytes += nbytes if name in weights else 0
-    for row in parts.values():
+        for rows in (parts, packed) if name in weights else (parts,):
+            row = rows.setdefault(part_of(name), {"bytes": 0, "weights": 0})
+            row["bytes"] += nbytes
+            row["weights"] += weights.get(name, prod(tensor["shape"]))
+    for row in (*parts.values(), *packed.values()):
         row["bits_per_weight"] = 8 * row["bytes"] / max(row["weights"], 1)
-    packed_weights = sum(weights.values())
     return {
         "folder": str(root),
         "complete": manifest["complete"],
         "about": manifest["about"],
         "total_bytes": sum(f.stat().st_size for f in root.iterdir() if f.is_file()),
         "parts": parts,
-        "expert_weights": packed_weights,
-        "bits_per_expert_weight": 8 * packed_bytes / packed_weights if packed_weights else None,
+        "packed": packed,
+        "packed_weights": sum(row["weights"] for row in packed.values()),
+        "bits_per_packed_weight": _bits(packed),
+        "bits_per_weight": _bits(parts),
         "layers": {path: _layer(manifest, path) for path in manifest["packed"]},
     }
+
+
+def _bits(parts: dict[str, dict[str, float]]) -> float | None:
+    weights = sum(row["weights"] for row in parts.values())
+    return 8 * sum(row["bytes"] for row in parts.values()) / weights if weights else None
 
 
 def _layer(manifest: dict[str, Any], path: str) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iter
 
 def _verify_packed(f: Any, present: set[str], manifest: dict[str, Any]) -> Iterator[Problem]:
     for module, projection, entry in _entries(manifest):
-        stored = {part: stored_name(module, projection, part) for part in entry.tensors}
+        stored = entry.stored(module, projection)
         if not all(name in present for name in stored.values()):
             continue  # lies in another file, or was named as missing
         try:

@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack, find_experts
 from halfbit.layout import Entry
-from halfbit.nn import PackedExperts, PackedMatrix, stored_names
+from halfbit.linears import WEIGHT
+from halfbit.nn import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, stored_names
 from halfbit.writer import FORMAT_VERSION
 
 METHOD = "halfbit"
@@ -30,9 +31,16 @@ class HalfbitConfig(QuantizationConfigMixin):
         format: version of the layout.
         modules: module path -> projection -> {"codec": {...}, "shape": [experts, out, in],
             "tensors": {part: [dtype, shape]}}.
+        tied: module path -> path of the packed module whose matrix it is.
     """
 
-    def __init__(self, format: int = FORMAT_VERSION, modules: dict[str, Any] | None = None, **_: Any):
+    def __init__(
+        self,
+        format: int = FORMAT_VERSION,
+        modules: dict[str, Any] | None = None,
+        tied: dict[str, str] | None = None,
+        **_: Any,
+    ):
         if format != FORMAT_VERSION:
             raise FormatError(f"config.json: expected halfbit format {FORMAT_VERSION}, got {format!r}; update halfbit")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
@@ -40,11 +48,15 @@ class HalfbitConfig(QuantizationConfigMixin):
         if not isinstance(modules or {}, dict):
             raise FormatError(f"config.json: quantization_config.modules must be an object, got {modules!r}")
         self.modules = modules or {}
+        if not isinstance(tied or {}, dict) or not all(isinstance(v, str) for v in (tied or {}).values()):
+            raise FormatError(f"config.json: quantization_config.tied must map modules to modules, got {tied!r}")
+        self.tied = tied or {}
 
 
 @register_quantizer(METHOD)
 class HalfbitQuantizer(HfQuantizer):
-    """Puts PackedExperts in the place of experts modules before transformers loads the weights."""
+    """Puts packed modules in the places of experts modules, linear layers and embeddings before transformers loads the
+    weights."""
 
     requires_calibration = True
 
@@ -52,11 +64,19 @@ class HalfbitQuantizer(HfQuantizer):
         stacks = find_experts(model)
         config: Any = self.quantization_config
         for path, projections in config.modules.items():
-            if path not in stacks:
-                raise FormatError(f"config.json: {path} is no experts module of {type(model).__name__}", tensor=path)
-            model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
+            if path in stacks:
+                model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
+            else:
+                model.set_submodule(path, packed_layer(path, _layer(model, path), projections))
             # some models' rule for new weights reaches from the parent into the experts, which are gone
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        for path, owner in config.tied.items():
+            matrix = _matrix(model, owner, path)
+            model.set_submodule(path, _wrap(_layer(model, path), matrix, tied=True))
+        tied_keys: Any = getattr(model, "all_tied_weights_keys", {})
+        for name in [n for n, to in tied_keys.items() if _is_packed(model, n) or _is_packed(model, to)]:
+            # transformers would look for the weights themselves
+            del tied_keys[name]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
@@ -65,6 +85,8 @@ class HalfbitQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedMatrix):
                 try:
+                    for part, owner in module.entry.shared.items():
+                        module.share(part, _matrix(model, owner, name))
                     module.prepare()
                 except FormatError as e:
                     raise FormatError(f"{name}: {e}", tensor=name) from e
@@ -96,6 +118,61 @@ def _refuse_missing(model: Any) -> None:
             continue
         if not any(re.search(pattern, name) for pattern in allowed):
             raise FormatError(f"{name}: no file of this folder has this weight; halfbit verify tells more", tensor=name)
+
+
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    """The linear layer or embedding at `path`."""
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear | nn.Embedding):
+        raise FormatError(
+            f"config.json: {path} is no experts module, linear layer or embedding of {type(model).__name__}",
+            tensor=path,
+        )
+    return found
+
+
+def _matrix(model: nn.Module, owner: str, asked_by: str) -> PackedMatrix:
+    """The matrix of the packed layer at `owner`."""
+    try:
+        found = model.get_submodule(owner)
+    except AttributeError:
+        found = None
+    if not isinstance(found, PackedLinear | PackedEmbedding):
+        raise FormatError(f"config.json: {asked_by} shares with {owner}, which is no packed layer", tensor=asked_by)
+    return found.matrix
+
+
+def _is_packed(model: nn.Module, weight: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(weight.rpartition(".")[0]), PackedLinear | PackedEmbedding)
+    except AttributeError:
+        return False
+
+
+def packed_layer(path: str, original: nn.Module, projections: Any) -> nn.Module:
+    """PackedLinear or PackedEmbedding on the meta device, to be loaded, from one module's entry in the config."""
+    if not isinstance(projections, dict) or set(projections) != {WEIGHT}:
+        raise FormatError(f"config.json: {path}: expected the projection {WEIGHT}", tensor=path)
+    entry = Entry.parse(projections[WEIGHT], f"config.json: {path}.{WEIGHT}")
+    expected = (1, *original.get_parameter(WEIGHT).shape)
+    if entry.shape != expected:
+        raise FormatError(
+            f"config.json: {path}: expected the shape {list(expected)} of this model, got {list(entry.shape)}",
+            tensor=path,
+        )
+    with torch.device("meta"):
+        return _wrap(original, PackedMatrix(entry))
+
+
+def _wrap(original: nn.Module, matrix: PackedMatrix, *, tied: bool = False) -> nn.Module:
+    dtype = original.get_parameter(WEIGHT).dtype
+    if isinstance(original, nn.Embedding):
+        return PackedEmbedding(matrix, dtype, original.padding_idx, tied=tied)
+    assert isinstance(original, nn.Linear)
+    return PackedLinear(matrix, original.bias, dtype, tied=tied)
 
 
 def packed_experts(stack: ExpertStack, original: nn.Module, projections: Any) -> PackedExperts:

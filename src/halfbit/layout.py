@@ -3,11 +3,15 @@
     "model.layers.0.mlp.experts": {"down_proj": {
         "codec": {"name": "qmoe", "p0": 0.885}, "shape": [experts, out, in],
         "tensors": {"codewords": ["uint16", [91234]], ...}}}
+    "model.layers.0.self_attn.k_proj": {"weight": {
+        "codec": {"name": "spqr", ...}, "shape": [1, out, in], "tensors": {
+            "codes": ["int32", [1, 24576]], ..., "order": ["uint8", [1, 256], "model.layers.0.self_attn.q_proj"]}}}
 
-Both files may come from anywhere, so `Entry.parse` believes nothing.
+A tensor with a module behind its shape is not stored again: it is that module's, as the column order of matrices that
+read the same input. Both files may come from anywhere, so `Entry.parse` believes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,21 +54,30 @@ class Entry:
         codec: of the stored tensors.
         shape: (experts, out, in).
         tensors: part -> (dtype, shape), the codec's parts in their order.
+        shared: part -> module whose tensor of that name it is.
     """
 
     codec: Codec
     shape: tuple[int, int, int]
     tensors: dict[str, tuple[torch.dtype, list[int]]]
+    shared: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, packed: Packed, experts: int) -> "Entry":
+    def of(cls, packed: Packed, experts: int, shared: dict[str, str] | None = None) -> "Entry":
         rows, columns = packed.shape
         tensors = {part: (t.dtype, list(t.shape)) for part, t in packed.tensors.items()}
-        return cls(packed.codec, (experts, rows // experts, columns), tensors)
+        return cls(packed.codec, (experts, rows // experts, columns), tensors, shared or {})
 
     def to_config(self) -> dict[str, Any]:
-        tensors = {part: [name_of(dtype), shape] for part, (dtype, shape) in self.tensors.items()}
+        tensors = {
+            part: [name_of(dtype), shape, *([self.shared[part]] if part in self.shared else [])]
+            for part, (dtype, shape) in self.tensors.items()
+        }
         return {"codec": formats.to_config(self.codec), "shape": list(self.shape), "tensors": tensors}
+
+    def stored(self, path: str, projection: str) -> dict[str, str]:
+        """Part -> name of its stored tensor, for the entry of `projection` of the module at `path`."""
+        return {part: stored_name(self.shared.get(part, path), projection, part) for part in self.tensors}
 
     @classmethod
     def parse(cls, config: Any, where: str) -> "Entry":
@@ -84,8 +97,10 @@ class Entry:
                 f"{where}: expected the tensors {', '.join(codec.parts)} of {codec.name}, got {_short(given)}",
                 tensor=where,
             )
-        tensors = {part: parse_tensor(given[part], f"{where}.{part}") for part in codec.parts}
-        return cls(codec, (shape[0], shape[1], shape[2]), tensors)
+        shared = {p: v[2] for p, v in given.items() if isinstance(v, list) and len(v) == 3 and isinstance(v[2], str)}
+        plain = {part: value[:2] if part in shared else value for part, value in given.items()}
+        tensors = {part: parse_tensor(plain[part], f"{where}.{part}") for part in codec.parts}
+        return cls(codec, (shape[0], shape[1], shape[2]), tensors, shared)
 
     def packed(self, tensors: dict[str, torch.Tensor]) -> Packed:
         """The tall matrix `[experts * out, in]` from its parts."""

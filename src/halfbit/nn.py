@@ -1,7 +1,7 @@
 """Modules that run from compressed weights, and the one custom op a Mixture-of-Experts layer is.
 
-`PackedMatrix` holds what a codec stored; `PackedExperts` takes the place of a transformers experts module. Nothing is
-expanded beyond what the codec's product expands: at most one expert's matrix on the reference path.
+`PackedMatrix` holds what a codec stored; `PackedExperts`, `PackedLinear` and `PackedEmbedding` take the places of
+transformers' experts module, linear layer and embedding. Nothing is expanded beyond what the codec's product expands.
 """
 
 import json
@@ -17,6 +17,7 @@ from halfbit import formats
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack
 from halfbit.layout import Entry, packed_name
+from halfbit.linears import WEIGHT
 from halfbit.types import Codec, Packed
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +36,15 @@ class PackedMatrix(nn.Module):
         self.codec_config = json.dumps(formats.to_config(entry.codec))
         self._derived: list[str] = []
         for name, (dtype, size) in entry.tensors.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype))
+            # what belongs to another module is saved there, and handed over by `share`
+            self.register_buffer(name, torch.empty(size, dtype=dtype), persistent=name not in entry.shared)
+
+    def share(self, part: str, owner: "PackedMatrix") -> None:
+        """Take over a tensor that is stored with `owner`. Raises FormatError where it is not what the entry says."""
+        tensor, (dtype, size) = getattr(owner, part, None), self.entry.tensors[part]
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or list(tensor.shape) != size:
+            raise FormatError(f"{part} is shared with a module that has no such tensor {dtype} {size}", tensor=part)
+        setattr(self, part, tensor)
 
     def packed(self) -> Packed:
         return self.entry.packed({n: getattr(self, n) for n in self.entry.tensors})
@@ -286,6 +295,101 @@ class PackedExperts(nn.Module):
             out = experts_forward(hidden, index, weights, experts, up, down, self._gate, up_bias, down_bias, post)
         given = args[0] if args else kwargs[self.stack.arguments[0]]
         return out.view_as(given)
+
+
+@torch.library.custom_op("halfbit::linear", mutates_args=())
+def linear_op(x: Tensor, operands: list[Tensor], codec: str, out_features: int) -> Tensor:
+    """`[tokens, in]` -> `[tokens, out]` from one packed matrix, as one op for torch.compile; `codec` is JSON."""
+    return _codec(codec).product(x, torch.tensor([0, x.shape[0]]), operands, out_features)
+
+
+@linear_op.register_fake
+def _(x: Tensor, operands: list[Tensor], codec: str, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("halfbit::lookup", mutates_args=())
+def lookup_op(rows: Tensor, operands: list[Tensor], codec: str, columns: int) -> Tensor:
+    """int64 `[n]` -> float32 `[n, columns]`: rows of one packed matrix; `codec` is JSON."""
+    return _codec(codec).lookup(rows, operands, columns)
+
+
+@lookup_op.register_fake
+def _(rows: Tensor, operands: list[Tensor], codec: str, columns: int) -> Tensor:
+    return torch.empty(rows.shape[0], columns, dtype=torch.float32, device=rows.device)
+
+
+class _PackedLayer(nn.Module):
+    """One packed matrix `[1, out, in]`, held or borrowed.
+
+    Args:
+        matrix: the matrix.
+        dtype: what the weight had: some models ask a layer for it. Follows `.to(dtype)`.
+        tied: the matrix belongs to another module (tied embeddings), which saves it and moves it.
+    """
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype, tied: bool):
+        super().__init__()
+        if not tied:
+            self.add_module(packed_name(WEIGHT), matrix)
+        # a list hides a borrowed module from nn.Module, so that it has one owner
+        self._borrowed = [matrix] if tied else []
+        self.register_buffer(WEIGHT, torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        found = self._borrowed[0] if self._borrowed else self.get_submodule(packed_name(WEIGHT))
+        assert isinstance(found, PackedMatrix)
+        return found
+
+
+class PackedLinear(_PackedLayer):
+    """Takes the place of `nn.Linear`: same call, same result, compressed weight; any leading dimensions.
+
+    Args:
+        matrix: one matrix `[1, out, in]`.
+        bias: `[out]` or None, as it was.
+        dtype, tied: see `_PackedLayer`.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype, *, tied: bool = False):
+        super().__init__(matrix, dtype, tied)
+        _, self.out_features, self.in_features = matrix.shape
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        matrix = self.matrix
+        rows = input.reshape(-1, self.in_features)
+        y = linear_op(rows, matrix.operands(), matrix.codec_config, self.out_features)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedEmbedding(_PackedLayer):
+    """Takes the place of `nn.Embedding`: rows are decoded when they are looked up.
+
+    Args:
+        matrix: one matrix `[1, vocabulary, width]`.
+        dtype, tied: see `_PackedLayer`; the result has this dtype.
+        padding_idx: as `nn.Embedding` has it; only told, since nothing is trained.
+    """
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype, padding_idx: int | None = None, *, tied: bool = False):
+        super().__init__(matrix, dtype, tied)
+        _, self.num_embeddings, self.embedding_dim = matrix.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        matrix = self.matrix
+        rows = lookup_op(input.reshape(-1), matrix.operands(), matrix.codec_config, self.embedding_dim)
+        return rows.to(self.get_buffer(WEIGHT).dtype).view(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
 def stored_names(stack: ExpertStack) -> tuple[str, str]:

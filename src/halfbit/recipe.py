@@ -7,10 +7,19 @@
     grid = { name = "ternary" }
     codec = { name = "qmoe", p0 = 0.885 }
 
+    [[rules]]
+    match = "*.[0-9]*.*"                     # every linear layer inside the blocks
+    grid = { name = "bilevel", bits = 4, group = 16 }
+    codec = { name = "spqr" }                # fields that grid and codec share are the grid's
+    order = "act_order"
+    damping = 1.0
+    bits = 4.5                               # or outliers = 0.005 (a share), or tau = 0.2
+
 Weights that no rule matches, or whose rule has no codec, are stored as they were. The recipe that made a model lies in
 its folder as `recipe.toml`, with every default filled in.
 """
 
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,34 +31,69 @@ from typing import Any
 import tomli_w
 import torch
 
-from halfbit import formats, grids
+from halfbit import formats, grids, registry
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
 from halfbit.solve.rtn import rtn
 from halfbit.types import Codec, Grid
 
 SOLVERS = ("gptq", "rtn")
+# routers choose experts by small differences and cost next to nothing; they stay as they are
+ROUTERS = ("*.gate", "*.shared_expert_gate", "*router*")
+# a module path with a number in it: what lies in a block
+IN_BLOCKS = "*.[0-9]*.*"
+ORDERS = ("identity", "act_order", "sensitivity")
+BUDGETS = ("tau", "outliers", "bits")
 UNDERSAMPLED = ("shrink", "identity", "fail")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to the matrices whose name matches `match` (shell glob over `module.path.projection`)."""
+    """What happens to the matrices whose name matches `match`: a shell glob over `module.path.projection` of experts
+    and over the module path of linear layers and of the embedding."""
 
     match: str
     solver: str = "gptq"
     grid: Grid | None = None
     codec: Codec | None = None
+    order: str = "identity"
+    """In which order columns are solved and stored: identity, act_order (falling diagonal of the Hessian: what matters
+    most is rounded first) or sensitivity."""
+    damping: float | None = None
+    """In units of the mean of the Hessian's diagonal; None: that of [solving]."""
+    tau: float | None = None
+    """Outliers by SpQR's relative threshold."""
+    outliers: float | None = None
+    """Outliers by their share; the threshold is searched for every matrix."""
+    bits: float | None = None
+    """Outliers by the stored bits per weight, everything included; the threshold is searched for every matrix."""
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
             raise UnknownName("solver", self.solver, list(SOLVERS))
         if (self.grid is None) != (self.codec is None):
             raise RecipeError(f"rule {self.match!r}: a grid needs a codec and a codec a grid; give both, or neither")
+        where = f"rule {self.match!r}"
+        if self.order not in ORDERS:
+            raise RecipeError(f"{where}: order must be one of {', '.join(ORDERS)}; got {self.order!r}")
+        if self.damping is not None and not 0 < self.damping < inf:
+            raise RecipeError(f"{where}: damping must be > 0, got {self.damping}")
+        budgets = {k: getattr(self, k) for k in BUDGETS if getattr(self, k) is not None}
+        if len(budgets) > 1:
+            raise RecipeError(f"{where}: {' and '.join(budgets)} are ways to say one thing; give one of them")
+        if (self.outliers or 0) >= 1 or any(not 0 <= v < inf for v in budgets.values()):
+            raise RecipeError(f"{where}: {budgets} is out of range; outliers is a share below 1, tau and bits are >= 0")
+        if self.solver == "rtn" and (budgets or self.order != "identity"):
+            raise RecipeError(f"{where}: rtn has neither outliers nor a column order; use solver = 'gptq'")
+        parts = () if self.codec is None else self.codec.parts
+        if budgets and "outlier_values" not in parts:
+            raise RecipeError(f"{where}: {' '.join(budgets)}: this codec stores no outliers; use codec 'spqr'")
+        if self.order != "identity" and "order" not in parts:
+            raise RecipeError(f"{where}: this codec stores no column order; use codec 'spqr' or 'grouped'")
         if self.grid is not None and self.codec is not None:
             try:  # on a matrix of two weights, now and not after an hour
                 self.codec.encode(rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])[0])
             except Unsupported as e:
-                raise RecipeError(f"rule {self.match!r}: grid and codec do not fit together: {e}") from e
+                raise RecipeError(f"{where}: grid and codec do not fit together: {e}") from e
 
 
 @dataclass(frozen=True)
@@ -127,6 +171,20 @@ class Recipe:
         """The recipe with some calibration fields replaced (what the command line gives wins over the file)."""
         return replace(self, calibration=replace(self.calibration, **changes))
 
+    def budgeted(self, budget: str, value: float) -> "Recipe":
+        """The recipe with one of BUDGETS for every rule whose codec stores outliers, in place of what the rule said."""
+        clean = dict.fromkeys(BUDGETS)
+        takes = [r.codec is not None and "outlier_values" in r.codec.parts for r in self.rules]
+        if not any(takes):
+            raise RecipeError(f"recipe {self.name!r} has no rule that stores outliers; {budget} says nothing to it")
+        return replace(
+            self,
+            rules=tuple(
+                replace(rule, **{**clean, budget: value}) if t else rule
+                for rule, t in zip(self.rules, takes, strict=True)
+            ),
+        )
+
     def to_toml(self) -> str:
         table: dict[str, Any] = {"name": self.name, "rules": []}
         for rule in self.rules:
@@ -134,6 +192,7 @@ class Recipe:
             if rule.grid is not None and rule.codec is not None:
                 row |= {"grid": _without_none(grids.to_config(rule.grid))}
                 row |= {"codec": _without_none(formats.to_config(rule.codec))}
+                row |= _without_none({k: getattr(rule, k) for k in ("order", "damping", *BUDGETS)})
             table["rules"].append(row)
         table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration")}
         return tomli_w.dumps(table)
@@ -159,12 +218,23 @@ class Recipe:
                 if "grid" in row:
                     row["grid"] = grids.from_config(row["grid"])
                 if "codec" in row:
-                    row["codec"] = formats.from_config(row["codec"])
+                    row["codec"] = formats.from_config(_completed(row["codec"], row.get("grid")))
             except FormatError as e:
                 raise RecipeError(f"{where}: {e}") from e
+            for key in ("damping", *BUDGETS):
+                if key in row and type(row[key]) not in (int, float):
+                    raise RecipeError(f"{where}: {key} must be a number, got {row[key]!r}")
             rules.append(Rule(**row))
         parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in sections.items()}
         return cls(name=str(table.get("name", origin)), rules=tuple(rules), **parts)
+
+
+def _completed(config: Any, grid: Grid | None) -> Any:
+    """A codec's table with the fields that it shares with the grid, where it does not say them itself."""
+    if grid is None or not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        return config
+    known = {f.name for f in fields(registry.module("formats", config["name"]).CODEC)}
+    return {k: v for k, v in asdict(grid).items() if k in known} | config  # pyright: ignore[reportArgumentType]
 
 
 def _without_none(config: dict[str, Any]) -> dict[str, Any]:
@@ -191,8 +261,25 @@ def _section(kind: type, table: Any, where: str) -> Any:
     return kind(**table)
 
 
+# {rtn|gptq}-BITS-gGROUP: what everybody else does, under every linear layer and all experts
+BASELINE = re.compile(r"(rtn|gptq)-([2-8])-g([1-9][0-9]*)(-noact)?")
+
+
+def _baseline(name: str) -> "Recipe | None":
+    """Grouped round to nearest or grouped GPTQ (act-order unless `-noact`, damping 0.01), by its name."""
+    found = BASELINE.fullmatch(name)
+    if found is None or (found[1] == "rtn" and found[4]):
+        return None
+    shared = {"bits": int(found[2]), "group": int(found[3])}
+    grid = grids.from_config({"name": "affine", **shared})
+    codec = formats.from_config({"name": "grouped", **shared})
+    how = {} if found[1] == "rtn" else {"damping": 0.01, "order": "identity" if found[4] else "act_order"}
+    rules = [Rule(match) for match in ROUTERS]
+    return Recipe(name, (*rules, Rule(IN_BLOCKS, found[1], grid, codec, **how)))
+
+
 def names() -> list[str]:
-    """Recipes that come with the package."""
+    """Recipes that come with the package as files; `rtn-BITS-gGROUP` and `gptq-BITS-gGROUP[-noact]` are known too."""
     return sorted(p.name.removesuffix(".toml") for p in files("halfbit.recipes").iterdir() if p.name.endswith(".toml"))
 
 
@@ -201,6 +288,8 @@ def load(name_or_file: str) -> Recipe:
     if name_or_file in names():
         text = files("halfbit.recipes").joinpath(f"{name_or_file}.toml").read_text("utf-8")
         return Recipe.from_toml(text, name_or_file)
+    if (baseline := _baseline(name_or_file)) is not None:
+        return baseline
     path = Path(name_or_file)
     if path.is_file():
         try:
@@ -209,4 +298,5 @@ def load(name_or_file: str) -> Recipe:
             raise RecipeError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
     if path.suffix == ".toml":
         raise RecipeError(f"recipe file {name_or_file} does not exist")
-    raise UnknownName("recipe", name_or_file, [*names(), "or a path to a .toml file"])
+    known = [*names(), "rtn-BITS-gGROUP", "gptq-BITS-gGROUP", "gptq-BITS-gGROUP-noact", "a path to a .toml file"]
+    raise UnknownName("recipe", name_or_file, known)

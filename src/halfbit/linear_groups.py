@@ -1,0 +1,148 @@
+"""Linear layers outside the experts: which rule each has, their Hessians group by group, and what is written of them.
+
+Layers that read one input (query, key and value; gate and up) share a Hessian, and the column order where it follows from
+the Hessian alone: it is stored with the first of them. All of a block see the block as it was, on the compressed blocks
+before it, as in the published code of SpQR (https://arxiv.org/abs/2306.03078); with `true_sequential` each group sees the
+groups before it compressed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from halfbit.errors import RecipeError
+from halfbit.events import Event, Noticed, Solved
+from halfbit.experts import ExpertStack
+from halfbit.family import Family
+from halfbit.flow import Flow, Seen
+from halfbit.layout import Entry, stored_name
+from halfbit.linears import WEIGHT, Linear, find_linears
+from halfbit.recipe import Recipe, Rule
+from halfbit.solve.hessian import Hessian
+from halfbit.solving import solve
+from halfbit.types import Packed
+from halfbit.writer import Writer
+
+Chosen = dict[str, tuple[Linear, Rule]]
+
+
+def choose(recipe: Recipe, family: Family) -> Chosen:
+    """The linear layers of the blocks, the embedding and the output head that a rule compresses, by path.
+
+    Raises RecipeError for an embedding that is not rounded to nearest: it has no inputs to solve with, and must be
+    there before anything else runs.
+    """
+    model = family.model
+    head = model.get_output_embeddings()
+    chosen: Chosen = {}
+    for path, linear in find_linears(model, family.experts, family.claims().tied).items():
+        names = (path, *linear.twins)
+        rule = next((r for r in map(recipe.rule, names) if r is not None), None)
+        in_block = family.block_of(path) is not None
+        if rule is None or not (in_block or linear.kind == "embedding" or model.get_submodule(path) is head):
+            continue
+        if linear.kind == "embedding" and rule.solver != "rtn":
+            raise RecipeError(
+                f"{path}: an embedding is looked up, not multiplied, so there is nothing to solve with"
+                f"{' (also where the output head is the same matrix)' if linear.twins else ''}; give it a rule with "
+                'solver = "rtn" before the others'
+            )
+        if family.claims().sources[linear.name].converter is not None:
+            # one tensor of the checkpoint becomes several weights, or several one: only whole tensors are replaced
+            tensors = family.claims().sources[linear.name].names
+            if sum(map(len, tensors.values())) != 1:
+                raise RecipeError(
+                    f"{path}: this weight is made of several tensors of the checkpoint; not supported yet"
+                )
+        chosen[path] = linear, rule
+    return chosen
+
+
+def solve_reached(
+    family: Family,
+    pending: Chosen,
+    flow: Flow | None,
+    block: str,
+    module: nn.Module | None,
+    doors: Iterable[ExpertStack],
+    recipe: Recipe,
+    writer: Writer,
+    device: str,
+) -> Iterator[Event]:
+    """Solve and write the layers in `pending` that run before the first of `doors`; they leave `pending`."""
+    doors = list(doors)
+    while pending:
+        if flow is None or module is None:
+            groups = [unseen(linear, device) for path, (linear, _) in pending.items()]
+        else:
+            groups = flow.observe(block, module, pending, doors)
+        if not groups and doors:
+            return
+        if groups and recipe.solving.true_sequential:
+            groups = groups[:1]
+        if not groups:
+            for path, (linear, _) in pending.items():
+                yield Noticed(f"{path}: never runs on the calibration text; its weights are rounded to nearest")
+                groups.append(unseen(linear, device))
+        for seen in groups:
+            yield from solve_group(family, seen, pending, recipe, writer, device)
+            for path in seen.paths:
+                del pending[path]
+        if doors and not recipe.solving.true_sequential:
+            return
+
+
+def solve_group(
+    family: Family, seen: Seen, rules: Mapping[str, tuple[Linear, Rule]], recipe: Recipe, writer: Writer, device: str
+) -> Iterator[Event]:
+    """Solve and write layers of one input; what is decoded takes the weights' place in the family's model."""
+    # part -> the module that stores it, and the tensor
+    stored: dict[str, tuple[str, Tensor]] = {}
+    for path in seen.paths:
+        linear, rule = rules[path]
+        notices: list[str] = []
+        w = family.weight(linear.name).to(device, torch.float32)
+        h = seen.hessian.sum.to(device)
+        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored="order" not in stored)
+        yield from map(Noticed, notices)
+        assert rule.codec is not None
+        packed = rule.codec.encode(solution)
+        shared = {}
+        if (order := packed.tensors.get("order")) is not None and order.numel():
+            owner, first = stored.setdefault("order", (path, order))
+            if owner != path and torch.equal(order, first):
+                shared["order"] = owner
+        nbytes = _put(path, packed, shared, writer)
+        fact = {
+            "loss": solution.loss,
+            "bits_per_weight": 8 * nbytes / w.numel(),
+            "tokens": int(seen.hessian.tokens[0]),
+        }
+        writer.record("matrices", linear.name, fact)
+        yield Solved(linear.name, fact["loss"], fact["bits_per_weight"], fact["tokens"])
+        family.replace(linear.name, rule.codec.decode(packed))
+
+
+def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Mapping[str, Tensor]) -> None:
+    """Committed layers of an interrupted run: what they decode to takes the weights' place in the family's model."""
+    for path in chosen:
+        entry = Entry.parse(writer.manifest["packed"][path][WEIGHT], f"{path}.{WEIGHT}")
+        packed = entry.packed({part: tensors[name] for part, name in entry.stored(path, WEIGHT).items()})
+        family.replace(f"{path}.{WEIGHT}", packed.codec.decode(packed))
+
+
+def unseen(linear: Linear, device: str) -> Seen:
+    """A layer that no token reached: its Hessian is zero, which the solver takes for the identity."""
+    return Seen([linear.path], Hessian(1, linear.shape[1], device=device))
+
+
+def _put(path: str, packed: Packed, shared: dict[str, str], writer: Writer) -> int:
+    """Hand the tensors over; the number of bytes that are this layer's own."""
+    nbytes = 0
+    for part, tensor in packed.tensors.items():
+        if part not in shared:
+            writer.put(stored_name(path, WEIGHT, part), tensor)
+            nbytes += tensor.numel() * tensor.element_size()
+    writer.record("packed", path, {WEIGHT: Entry.of(packed, 1, shared).to_config()})
+    return nbytes

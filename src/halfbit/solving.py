@@ -1,0 +1,117 @@
+"""One rule of a recipe applied to matrices of one shape: which solver, with what damping, order and outliers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from halfbit.errors import RecipeError
+from halfbit.recipe import Rule, Solving
+from halfbit.solve.budget import gptq_with_share
+from halfbit.solve.gptq import gptq
+from halfbit.solve.hessian import Repair
+from halfbit.solve.rtn import rtn
+from halfbit.types import Solution
+
+# of the budget's distance to what the grid alone takes; then outliers are counted as they came out
+CLOSE_ENOUGH = 0.002
+ATTEMPTS = 3
+
+
+def solve(
+    w: Tensor,
+    hessian: Tensor,
+    rule: Rule,
+    solving: Solving,
+    names: list[str],
+    notices: list[str],
+    *,
+    order_is_stored: bool = True,
+) -> list[Solution]:
+    """One Solution per matrix, on the CPU.
+
+    Args:
+        w: `[matrices, out, in]`.
+        hessian: `[matrices, in, in]`, undamped.
+        rule: has a grid and a codec.
+        names: of the matrices.
+        notices: repaired Hessians are told here.
+        order_is_stored: False: another matrix of the same input stores the column order, so it costs nothing.
+    """
+    grid = rule.grid
+    assert grid is not None
+    if rule.solver == "rtn":
+        return [on_cpu(s) for s in rtn(w, hessian, grid, names=names)]
+
+    def told(repair: Repair) -> None:
+        text = f"{repair.name}: its Hessian needed repair: {repair.action}, damping {repair.damping:g}"
+        if text not in notices:
+            notices.append(text)
+
+    shared = {
+        "names": names,
+        "damping": solving.damping if rule.damping is None else rule.damping,
+        "block": solving.block,
+        "order": rule.order,
+        "on_repair": told,
+    }
+
+    def with_share(share: float) -> list[Solution]:
+        return gptq_with_share(w, hessian, grid, share, **shared)
+
+    if rule.outliers is not None:
+        found = with_share(rule.outliers)
+    elif rule.bits is not None:
+        found = _within(rule.bits, with_share, rule, names, order_is_stored)
+    else:
+        found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
+    return [on_cpu(s) for s in found]
+
+
+def _within(
+    bits: float, with_share: Callable[[float], list[Solution]], rule: Rule, names: list[str], order_is_stored: bool
+) -> list[Solution]:
+    """As many outliers as `bits` per weight leave room for, counted from what the codec stores."""
+    share = 0.0
+    found = with_share(share)
+    used = alone = _bits(found, rule, order_is_stored)
+    if alone > bits * (1 + CLOSE_ENOUGH):
+        raise RecipeError(
+            f"{names[0]}: the grid alone takes {alone:.3f} bits per weight of the {bits:g} allowed; allow more, or use "
+            "fewer bits or larger groups in the rule's grid"
+        )
+    # 16 bits of value and 12 of place; what it comes to exactly is seen afterwards
+    per_outlier = 28.0
+    for _ in range(ATTEMPTS):
+        if abs(used - bits) <= CLOSE_ENOUGH * bits:
+            break
+        share = max(0.0, (bits - alone) / per_outlier)
+        found = with_share(share)
+        used = _bits(found, rule, order_is_stored)
+        if share > 0 and used > alone:
+            per_outlier = (used - alone) / share
+    return found
+
+
+def _bits(solutions: list[Solution], rule: Rule, order_is_stored: bool) -> float:
+    """Mean stored bits per weight."""
+    assert rule.codec is not None
+    stored = [on_cpu(s) if order_is_stored else replace(on_cpu(s), order=None) for s in solutions]
+    packed = [rule.codec.encode(s) for s in stored]
+    return 8 * sum(p.nbytes for p in packed) / sum(p.shape[0] * p.shape[1] for p in packed)
+
+
+def on_cpu(solution: Solution) -> Solution:
+    """The same solution with its tensors on the CPU."""
+    outliers = solution.outliers
+    if outliers is not None:
+        outliers = replace(
+            outliers, rows=outliers.rows.cpu(), columns=outliers.columns.cpu(), values=outliers.values.cpu()
+        )
+    return replace(
+        solution,
+        codes=solution.codes.cpu(),
+        params={k: v.cpu() for k, v in solution.params.items()},
+        outliers=outliers,
+        order=None if solution.order is None else solution.order.cpu(),
+    )
