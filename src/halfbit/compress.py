@@ -3,8 +3,8 @@
 For each block (QMoE, arXiv 2310.16795, section 3.2, and the published code's order of work):
 
     load the block without its experts
-    linear layers before the experts: Hessian of what each was given -> solve -> encode -> decode, and the decoded weight
-        takes the weight's place
+    linear layers before the experts: Hessian of what each was given -> solve -> encode -> decode, and the decoded
+        weight takes the weight's place
     run all samples to the experts' door and keep what each was given
     for each group of experts: weights from the shards -> Hessians of their tokens -> solve -> encode -> decode,
         and the decoded experts' outputs are added up for all tokens
@@ -13,8 +13,8 @@ For each block (QMoE, arXiv 2310.16795, section 3.2, and the published code's or
     commit the block: one file, then its lines in the manifest
 
 An embedding is rounded before the first block runs, the output head is solved after the last. Device memory holds one
-block without experts and one group of experts. A run that was interrupted starts again with the same arguments; committed
-blocks are read back instead of solved.
+block without experts and one group of experts. A run that was interrupted starts again with the same arguments;
+committed blocks are read back instead of solved.
 """
 
 import hashlib

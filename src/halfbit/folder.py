@@ -41,8 +41,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         "parts": part -> {"bytes", "weights", "bits_per_weight"}; "total_bytes" of all files; "packed": parts as above,
-        of what is compressed alone; "bits_per_packed_weight", metadata included, and "packed_weights"; "bits_per_weight"
-        of the whole model; "layers": compressed module -> mean loss, bits and coverage.
+        of what is compressed alone; "bits_per_packed_weight", metadata included, and "packed_weights";
+        "bits_per_weight" of the whole model; "layers": compressed module -> mean loss, bits and coverage.
     """
     root = Path(folder)
     manifest = read_manifest(root)

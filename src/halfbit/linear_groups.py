@@ -1,9 +1,9 @@
 """Linear layers outside the experts: which rule each has, their Hessians group by group, and what is written of them.
 
-Layers that read one input (query, key and value; gate and up) share a Hessian, and the column order where it follows from
-the Hessian alone: it is stored with the first of them. All of a block see the block as it was, on the compressed blocks
-before it, as in the published code of SpQR (https://arxiv.org/abs/2306.03078); with `true_sequential` each group sees the
-groups before it compressed.
+Layers that read one input (query, key and value; gate and up) share a Hessian, and the column order where it follows
+from the Hessian alone: it is stored with the first of them. All of a block see the block as it was, on the compressed
+blocks before it, as in the published code of SpQR (https://arxiv.org/abs/2306.03078); with `true_sequential` each group
+sees the groups before it compressed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
