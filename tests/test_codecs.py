@@ -11,7 +11,9 @@ from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
 from halfbit.formats import _order
 from halfbit.formats.grouped import Grouped
 from halfbit.formats.qmoe import QMoE, reference
+from halfbit.formats.spqr import SpQR, tiled
 from halfbit.grids.affine import Affine
+from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.ternary import Ternary
 from halfbit.types import Codec, Outliers, Packed, Solution
 
@@ -52,7 +54,10 @@ def test_decoding_gives_what_was_encoded_at_odd_shapes(codec: Codec, rows: int, 
         whole = next(iter(conformance.solutions_for(codec, 4, 32)))
         group = min(whole.grid.group or 32, 32)
         groups = max(1, -(-columns // group))
-        params = {key: value[:rows, :groups] for key, value in whole.params.items()}
+        # where rows share a parameter, it has fewer
+        share = getattr(whole.grid, "supergroup", 1)
+        of = {-(-4 // share): -(-rows // share), 4: rows}
+        params = {key: value[: of[value.shape[0]], :groups] for key, value in whole.params.items()}
         conformance.check_law(codec, Solution(whole.grid, whole.codes[:rows, :columns], params))
 
 
@@ -123,7 +128,7 @@ def test_damaged_configs_are_refused(config: dict):
 
 
 def test_unknown_formats_are_never_imported():
-    with pytest.raises(UnknownName, match="grouped, qmoe"):
+    with pytest.raises(UnknownName, match="grouped, qmoe, spqr"):
         formats.from_config({"name": "_grouped_product"})
 
 
@@ -332,3 +337,180 @@ def test_grouped_stores_only_its_own_grid():
     with pytest.raises(Unsupported, match=r"Grouped\(bits=3.*got Affine\(bits=2"):
         Grouped(bits=3).encode(solution)
     assert Grouped(bits=3, group=16).grid == Affine(bits=3, group=16)
+
+
+# ----------------------------------------------------------------------------------------------------------------- spqr
+
+
+def bilevel(grid: Bilevel, rows: int, columns: int, *, outliers: float = 0.0, order: bool = False) -> Solution:
+    """Random codes and statistics; nothing is fitted."""
+    random = torch.Generator().manual_seed(0)
+
+    def codes(*shape: int, bits: int) -> Tensor:
+        return torch.randint(1 << bits, shape, generator=random, dtype=torch.uint8)
+
+    dtype = getattr(torch, grid.dtype)
+    groups = max(1, -(-columns // grid.group)) if grid.group else 1
+    supergroups = -(-rows // grid.supergroup)
+    params = {}
+    for what, bits in (("scale", grid.scale_bits), ("zero", grid.zero_bits)):
+        if bits == 16:
+            params[what] = (torch.rand(rows, groups, generator=random) + 0.1).to(dtype)
+        else:
+            params[f"{what}_codes"] = codes(rows, groups, bits=bits)
+            # scale = a * (code - b) > 0: b is negative
+            second = torch.rand(supergroups, groups, 2, generator=random) + 0.1
+            params[f"{what}_grid"] = (second * torch.tensor([1.0, -1.0])).to(dtype)
+    weights = codes(rows, columns, bits=grid.bits)
+    there = torch.rand(rows, columns, generator=random) < outliers
+    place = torch.nonzero(there, as_tuple=True)
+    weights[there] = 0
+    values = (20 * torch.randn(len(place[0]), generator=random)).to(dtype)
+    permutation = torch.randperm(columns, generator=random) if order else None
+    return Solution(grid, weights, params, outliers=Outliers(place[0], place[1], values), order=permutation)
+
+
+@pytest.mark.parametrize(
+    ("fields", "outliers"),
+    [
+        ({}, 0.01),
+        ({}, 0.001),
+        ({"bits": 4}, 0.0),
+        ({"bits": 3, "group": 8, "supergroup": 64}, 0.001),
+        ({"bits": 2, "group": 32, "scale_bits": 4, "zero_bits": 4}, 0.01),
+        ({"bits": 8, "group": None, "scale_bits": 16, "zero_bits": 8, "dtype": "bfloat16"}, 0.01),
+    ],
+)
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1025, 1027), (4096, 1024), (1024, 11008)])
+def test_spqr_wastes_nothing(rows: int, columns: int, fields: dict, outliers: float):
+    """At most half a percent above the bits of codes, statistics, and 12 + 16 bits for each outlier."""
+    codec = SpQR(**fields)
+    solution = bilevel(codec.grid, rows, columns, outliers=outliers, order=True)
+    packed = codec.encode(solution)
+    order = packed.tensors["order"].numel()
+    assert order * 8 <= columns * max(8, (columns - 1).bit_length()) + 16
+    groups = -(-columns // (codec.group or columns))
+    second = sum(2 * 16 for bits in (codec.scale_bits, codec.zero_bits) if bits != 16)
+    needed = rows * columns * codec.bits + rows * groups * (codec.scale_bits + codec.zero_bits)
+    needed += -(-rows // codec.supergroup) * groups * second + (12 + 16) * (
+        len(solution.outliers) if solution.outliers else 0
+    )
+    assert needed <= 8 * (packed.nbytes - order) <= 1.005 * needed
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (15, 31), (16, 32), (17, 33), (33, 100), (3, 300), (0, 5), (5, 0)]
+)
+def test_tiled_matrices_are_as_the_drawing_says(rows: int, columns: int, bits: int):
+    random = torch.Generator().manual_seed(bits)
+    fields = torch.randint(1 << bits, (rows, columns), generator=random, dtype=torch.int32)
+    words = tiled.pack(fields, bits)
+    expected = drawn(fields.tolist(), columns, bits)
+    assert [w & 0xFFFFFFFF for w in words.tolist()] == expected
+    assert len(words) == tiled.count_words(rows, columns, bits)
+    assert torch.equal(tiled.read(words, torch.arange(rows), rows, columns, bits), fields.long())
+    row, column = torch.nonzero(torch.ones(rows, columns), as_tuple=True)
+    assert torch.equal(tiled.at(words, row, column, rows, columns, bits), fields.long().flatten())
+
+
+def drawn(fields: list[list[int]], columns: int, bits: int) -> list[int]:
+    """The words of a tiled matrix, bit by bit, from the drawing in README.md."""
+    each, whole = 32 // bits, columns // 32
+    words = []
+    for first in range(0, len(fields), 16):
+        tile = fields[first : first + 16]
+        for block in range(whole):
+            lanes = []
+            for lane in tile:
+                of_block = lane[32 * block : 32 * block + 32]
+                word = [0] * bits
+                for i, field in enumerate(of_block[: each * bits]):
+                    word[i // each] |= field << bits * (i % each)
+                string = sum(field << bits * i for i, field in enumerate(of_block[each * bits :]))
+                for bit in range(32 * bits - each * bits * bits):
+                    w, top = divmod(bit, 32 - each * bits)
+                    word[w] |= (string >> bit & 1) << each * bits + top
+                lanes.append(word)
+            words += [lane[w] for w in range(bits) for lane in lanes]
+    string = sum(field << bits * i for i, field in enumerate(field for row in fields for field in row[32 * whole :]))
+    count = -(-len(fields) * (columns % 32) * bits // 32)
+    return words + [string >> 32 * i & 0xFFFFFFFF for i in range(count)]
+
+
+def test_outliers_are_stored_as_the_drawing_says():
+    grid = SpQR().grid
+    solution = bilevel(grid, 33, 300)
+    rows, columns = torch.tensor([32, 0, 5, 31, 0, 5]), torch.tensor([7, 299, 299, 2, 255, 255])
+    codes = solution.codes.clone()
+    codes[rows, columns] = 0
+    values = torch.arange(6).half()
+    packed = SpQR().encode(replace(solution, codes=codes, outliers=Outliers(rows, columns, values)))
+    conformance.check_law(SpQR(), replace(solution, codes=codes, outliers=Outliers(rows, columns, values)))
+    # chunks: tile 0 columns 0-255, tile 0 columns 256-299, tile 1, ...
+    assert packed.tensors["outlier_counts"].tolist() == [[2, 2, 1, 0, 1, 0]]
+    assert packed.tensors["outlier_columns"].tolist() == [255, 255, 43, 43, 2, 7]
+    assert packed.tensors["outlier_rows"].tolist() == [0 | 5 << 4, 0 | 5 << 4, 15 | 0 << 4]
+    assert packed.tensors["outlier_values"].tolist() == [4, 5, 1, 2, 3, 0]
+
+
+def test_what_spqr_cannot_store_is_refused():
+    solution = bilevel(SpQR().grid, 4, 40, outliers=0.1)
+    assert solution.outliers is not None
+    with pytest.raises(Unsupported, match="make the two agree"):
+        SpQR(bits=4).encode(solution)
+    with pytest.raises(Unsupported, match="outliers as float16, got"):
+        SpQR().encode(replace(solution, outliers=replace(solution.outliers, values=solution.outliers.values.float())))
+    with pytest.raises(Unsupported, match="code under an outlier must be 0"):
+        SpQR().encode(replace(solution, codes=solution.codes.clamp(min=1)))
+    given = solution.outliers
+    twice = Outliers(given.rows.repeat(2), given.columns.repeat(2), given.values.repeat(2))
+    with pytest.raises(Unsupported, match="two outliers are at one place"):
+        SpQR().encode(replace(solution, outliers=twice))
+    with pytest.raises(RecipeError, match="SpQR: dtype must be one of float16, bfloat16"):
+        SpQR(dtype="float32")
+    with pytest.raises(ValueError, match="has 1 matrices, not 2"):
+        SpQR().part(SpQR().encode(solution), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "says"),
+    [
+        ("outlier_columns", lambda t: t.index_fill(0, torch.tensor([len(t) - 1]), 255), "outside"),
+        ("outlier_rows", lambda t: t.index_fill(0, torch.tensor([2]), 1), "outlier 4 is at row 1 of its tile.*outside"),
+        ("outlier_rows", lambda t: t.index_fill(0, torch.tensor([0]), 1 | 15 << 4), "outlier 2 is out of order"),
+        ("outlier_rows", lambda t: t.index_fill(0, torch.tensor([2]), 240), "unused half"),
+        ("outlier_columns", lambda t: t.flip(0), "outlier 2 is out of order"),
+        ("outlier_values", lambda t: t / 0, "NaN or infinite"),
+        ("outlier_counts", lambda t: (t.int() + 1).to(torch.uint16), "the file 5"),
+        ("codes", lambda t: torch.full_like(t, -1), "unused bits|code under the outlier"),
+        ("codes", lambda t: t | 7, "code under the outlier at row .*, column .* of matrix 0 is"),
+        ("codes", lambda t: t[:, 1:], "codes of 1 matrices 17 x 40 must be"),
+        ("codes", lambda t: t[:0], "not 0 matrices"),
+        ("scales", lambda t: torch.cat([t[:, :-1], t[:, -1:] | -(1 << 31)], 1), "unused bits"),
+        ("second", lambda t: -t, "scale .* must be finite"),
+        ("second", lambda t: t * torch.inf, "must be finite"),
+        ("second", lambda t: t.float(), "must be torch.float16"),
+        ("order", lambda t: t * 0, "no permutation"),
+    ],
+)
+def test_damaged_spqr_tensors_are_named(part: str, damage: Callable[[Tensor], Tensor], says: str):
+    solution = bilevel(SpQR().grid, 17, 40, order=True)
+    codes = solution.codes.clone()
+    # block 0, the tail, the ragged tile; an odd number of them
+    rows, columns = torch.tensor([1, 2, 3, 4, 16]), torch.tensor([0, 33, 33, 39, 1])
+    codes[rows, columns] = 0
+    packed = SpQR().encode(replace(solution, codes=codes, outliers=Outliers(rows, columns, torch.ones(5).half())))
+    SpQR().check(packed)
+    damaged = Packed(packed.codec, packed.shape, packed.tensors | {part: damage(packed.tensors[part])})
+    with pytest.raises(FormatError, match=says) as caught:
+        SpQR().check(damaged)
+    # what is derived is found where it is used
+    assert caught.value.tensor in (part, {"second": "scales"}.get(part, "outlier_columns"))
+
+
+def test_the_spqr_operator_is_known_to_torch_compile():
+    packed = [SpQR().encode(bilevel(SpQR().grid, 17, 40, outliers=0.1, order=order)) for order in (False, True)]
+    tensors = SpQR().runtime(SpQR().stack(packed))
+    arguments = (torch.randn(5, 40), torch.tensor([0, 2, 5]), tensors, list(SpQR().form))
+    torch.library.opcheck(torch.ops.halfbit.spqr_product.default, arguments)

@@ -1,0 +1,30 @@
+"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+
+`halfbit::spqr_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbit.formats.spqr import reference
+from halfbit.formats.spqr.reference import Form
+
+
+def decode(tensors: list[Tensor], form: Form) -> Tensor:
+    """All matrices, one above another: float32 `[k * rows, columns]`."""
+    return reference.decode(tensors, form)
+
+
+@torch.library.custom_op(
+    "halfbit::spqr_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int[] form) -> Tensor",
+)
+def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: list[int]) -> Tensor:
+    """See `Codec.product`; `tensors` are those of `SpQR.runtime`, `form` is `SpQR.form`."""
+    return reference.product(x, starts, tensors, Form(*form))
+
+
+@product.register_fake
+def _(x: Tensor, starts: Tensor, tensors: list[Tensor], form: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], tensors[-1].shape[0])
