@@ -1,0 +1,304 @@
+"""Linear layers, embeddings and heads, compressed and run: tiny random models of every family, dense and mixed.
+
+The oracle is the same model with every compressed weight replaced by what the stored codes decode to.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from test_end_to_end import add_tokenizer, decoded, inputs, largest_difference, load, text
+from torch import nn
+
+import halfbit
+from halfbit.compress import compress
+from halfbit.errors import FormatError, RecipeError
+from halfbit.events import Began, Event, Noticed, Solved
+from halfbit.families import open_family
+from halfbit.folder import Problem
+from halfbit.linear_groups import choose
+from halfbit.nn import PackedEmbedding, PackedExperts, PackedLinear
+from halfbit.reader import Reader
+from halfbit.recipe import Recipe
+
+EVERYTHING = {
+    "grouped": """
+        [[rules]]
+        match = "*embed*"
+        solver = "rtn"
+        grid = { name = "affine", bits = 8, group = 16 }
+        codec = { name = "grouped" }
+        [[rules]]
+        match = "*shared"
+        solver = "rtn"
+        grid = { name = "affine", bits = 8, group = 16 }
+        codec = { name = "grouped" }
+        [[rules]]
+        match = "*"
+        grid = { name = "affine", bits = 4, group = 8 }
+        codec = { name = "grouped" }
+        order = "act_order"
+        [coverage]
+        undersampled = "identity"
+        """,
+    "spqr": """
+        [[rules]]
+        match = "*embed*"
+        solver = "rtn"
+        grid = { name = "bilevel", bits = 8, group = 16 }
+        codec = { name = "spqr" }
+        [[rules]]
+        match = "*shared"
+        solver = "rtn"
+        grid = { name = "bilevel", bits = 8, group = 16 }
+        codec = { name = "spqr" }
+        [[rules]]
+        match = "*"
+        grid = { name = "bilevel", bits = 3, group = 5, supergroup = 3 }
+        codec = { name = "spqr" }
+        order = "act_order"
+        outliers = 0.02
+        """,
+}
+
+
+def run(source: Path, out: Path, recipe: str) -> list[Event]:
+    chosen = Recipe.from_toml(recipe).calibrated(samples=6, sequence_length=12)
+    return list(compress(str(source), out, chosen, text(source)))
+
+
+def expected(source: Path, compressed: Any) -> Any:
+    """The original model in float32 with what every packed module decodes to."""
+    model = decoded(source, compressed)
+    for path, module in compressed.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            weight = module.matrix.codec.decode(module.matrix.packed())
+            model.get_submodule(path).weight.data.copy_(weight)
+    return model
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Callable[[str, str], tuple[Path, Path, list[Event]]]:
+    """Source folder, compressed folder and events, made once."""
+    done: dict[tuple[str, str], tuple[Path, Path, list[Event]]] = {}
+
+    def make(name: str, codec: str) -> tuple[Path, Path, list[Event]]:
+        if (name, codec) not in done:
+            root = tmp_path_factory.mktemp(name)
+            source = add_tokenizer(tiny_models.save(name, root / "source"))
+            done[name, codec] = source, root / "out", run(source, root / "out", EVERYTHING[codec])
+        return done[name, codec]
+
+    return make
+
+
+CASES = [
+    *((name, "spqr") for name in tiny_models.CONFIGS),
+    *((name, "grouped") for name in ("llama", "opt", "falcon", "qwen2-moe", "qwen3-moe-tied", "switch")),
+]
+
+
+@pytest.mark.parametrize(("name", "codec"), CASES)
+def test_the_compressed_model_gives_the_logits_of_the_decoded_one(name: str, codec: str, made) -> None:
+    source, folder, events = made(name, codec)
+    model = load(folder)
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert linears
+    # nothing that can be compressed was left: only what no rule can reach is a plain linear layer
+    assert not [
+        p
+        for p, m in model.named_modules()
+        if type(m) is nn.Linear and not p.endswith(("classifier", "project_in", "project_out"))
+    ]
+    dense = expected(source, model)
+    given = inputs(model)
+    with torch.no_grad():
+        wanted, got = dense(**given, use_cache=False).logits, model(**given, use_cache=False).logits
+    assert largest_difference(got, wanted) < 2e-5
+    solved = [e for e in events if isinstance(e, Solved)]
+    began = next(e for e in events if isinstance(e, Began))
+    assert began.matrices == len(solved) == len({e.matrix for e in solved})
+    assert all(0 <= e.loss < 0.2 for e in solved)
+
+
+@pytest.mark.parametrize(("name", "codec"), CASES)
+def test_the_folder_is_whole_and_saves_and_loads_again(name: str, codec: str, made, tmp_path) -> None:
+    source, folder, _ = made(name, codec)
+    assert not [p for p in halfbit.verify(folder) if isinstance(p, Problem)]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    reader = Reader(source)
+    # every weight of the checkpoint is there, as it was or packed, and none twice
+    family = open_family(reader)
+    chosen = choose(Recipe.from_toml(EVERYTHING[codec]), family)
+    left = {n for n in reader.names() if n not in manifest["tensors"]}
+    packed = {f"{p}.weight" for linear, _ in chosen.values() for p in (linear.path, *linear.twins)}
+    experts = {n for n, c in family.claims().tensors.items() if c.kind == "experts"}
+    assert left <= packed | experts
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    first, second = model.state_dict(), again.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    given = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, again(**given).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "qwen2-moe", "switch"])
+def test_it_runs_in_half_precision(name: str, dtype: torch.dtype, made) -> None:
+    source, folder, _ = made(name, "spqr")
+    model = load(folder, dtype)
+    given = inputs(model)
+    with torch.no_grad():
+        got, wanted = model(**given).logits, expected(source, load(folder))(**given).logits
+    assert got.dtype == dtype
+    assert largest_difference(got.float(), wanted) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "qwen3-moe"])
+def test_greedy_text_is_that_of_the_decoded_model(name: str, made) -> None:
+    source, folder, _ = made(name, "spqr")
+    model = load(folder)
+    ids = inputs(model)["input_ids"]
+    wanted = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(model.generate(ids, **wanted), expected(source, model).generate(ids, **wanted))
+
+
+def test_layers_of_one_input_store_their_order_once(made) -> None:
+    _, folder, _ = made("llama", "spqr")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    attention = "model.layers.1.self_attn"
+    assert f"{attention}.q_proj.packed_weight.order" in manifest["tensors"]
+    assert f"{attention}.k_proj.packed_weight.order" not in manifest["tensors"]
+    entry = manifest["packed"][f"{attention}.k_proj"]["weight"]["tensors"]["order"]
+    assert entry[2] == f"{attention}.q_proj"
+    model = load(folder)
+    q, k = (model.get_submodule(f"{attention}.{p}").matrix for p in ("q_proj", "k_proj"))
+    assert torch.equal(q.order, k.order)
+    # gate and up see one input, down another
+    assert "model.layers.1.mlp.up_proj.packed_weight.order" not in manifest["tensors"]
+    assert "model.layers.1.mlp.down_proj.packed_weight.order" in manifest["tensors"]
+
+
+def test_an_order_that_its_owner_lacks_is_an_error(made, tmp_path) -> None:
+    _, folder, _ = made("llama", "spqr")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    modules["model.layers.1.self_attn.k_proj"]["weight"]["tensors"]["order"][2] = "model.norm"
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"shares with model\.norm"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe-tied", "opt", "switch"])
+def test_a_tied_head_is_the_embedding(name: str, made) -> None:
+    _, folder, _ = made(name, "spqr")
+    model = load(folder)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, PackedLinear)
+    assert head.matrix is table.matrix
+    assert not [n for n in model.state_dict() if n.startswith("lm_head.")]
+
+
+def test_an_embedding_cannot_be_solved(tmp_path) -> None:
+    source = add_tokenizer(tiny_models.save("llama", tmp_path / "source"))
+    with pytest.raises(RecipeError, match=r'embed_tokens: .* give it a rule with solver = "rtn"'):
+        run(source, tmp_path / "out", EVERYTHING["spqr"].replace('solver = "rtn"', 'solver = "gptq"'))
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(made, tmp_path) -> None:
+    source, folder, _ = made("qwen2-moe", "spqr")
+    for stop_after in (1, 9, 30):
+        out = tmp_path / f"out-{stop_after}"
+        chosen = Recipe.from_toml(EVERYTHING["spqr"]).calibrated(samples=6, sequence_length=12)
+        solved = 0
+        for event in compress(str(source), out, chosen, text(source)):
+            solved += isinstance(event, Solved)
+            if solved == stop_after:
+                break
+        for _ in compress(str(source), out, chosen, text(source)):
+            pass
+        for path in folder.iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_layer_that_never_runs_is_told_and_rounded(tmp_path, monkeypatch) -> None:
+    source = add_tokenizer(tiny_models.save("llama", tmp_path / "source"))
+    from halfbit.flow import Flow
+
+    observe = Flow.observe
+    gone = "model.layers.0.mlp.up_proj"
+
+    def without(self, block, module, paths, doors):
+        return observe(self, block, module, [p for p in paths if p != gone], doors)
+
+    monkeypatch.setattr(Flow, "observe", without)
+    events = run(source, tmp_path / "out", EVERYTHING["spqr"])
+    assert [e for e in events if isinstance(e, Noticed) and e.message.startswith(f"{gone}: never runs")]
+    assert [e for e in events if isinstance(e, Solved) and e.matrix == f"{gone}.weight" and e.tokens == 0]
+
+
+def test_the_solver_sees_what_a_layer_was_given(tmp_path) -> None:
+    """The loss in the manifest, again from plain hooks on the original model."""
+    source = add_tokenizer(tiny_models.save("one-block", tmp_path / "source"))
+    out = tmp_path / "out"
+    run(source, out, EVERYTHING["spqr"].replace('match = "*embed*"', 'match = "nothing"'))
+    facts = json.loads((out / "manifest.json").read_text())["matrices"]
+    model, packed = load(source), load(out)
+    # with the head too, whose input comes from the compressed block
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj", "lm_head"):
+        given: list[torch.Tensor] = []
+        seen_by = packed if name == "lm_head" else model
+        hook = seen_by.get_submodule(name).register_forward_pre_hook(
+            lambda _m, args, given=given: given.append(args[0])
+        )
+        tokens = calibration_tokens(source)
+        with torch.no_grad():
+            seen_by(tokens)
+        hook.remove()
+        x = given[0].reshape(-1, given[0].shape[-1]).double()
+        matrix = packed.get_submodule(name).matrix
+        w = model.get_submodule(name).weight.double()
+        error = x @ (matrix.codec.decode(matrix.packed()).double() - w).T
+        assert facts[f"{name}.weight"]["loss"] == pytest.approx(
+            float(error.pow(2).sum() / (x @ w.T).pow(2).sum()), rel=1e-3
+        )
+
+
+def calibration_tokens(source: Path) -> torch.Tensor:
+    """The first 6 windows of 12 tokens, as `run` takes them."""
+    from halfbit.samples import load_tokenizer, read_text, tokenize, windows
+
+    rows = windows(tokenize(load_tokenizer(str(source)), read_text(text(source))), 6, 12, -1, origin="text")
+    return torch.stack(list(rows))
+
+
+def test_mixed_rules(tmp_path) -> None:
+    """The recipe `mixed`: experts ternary, other linear layers SpQR, routers, embeddings and norms as they were."""
+    from halfbit import recipe
+
+    source = add_tokenizer(tiny_models.save("qwen2-moe", tmp_path / "source"))
+    chosen = recipe.load("mixed").calibrated(samples=6, sequence_length=12)
+    list(compress(str(source), tmp_path / "out", chosen, text(source)))
+    model = load(tmp_path / "out")
+    experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    assert {m.matrix(m._up).codec.name for m in experts} == {"qmoe"}
+    linears = {p: m.matrix.codec.name for p, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert set(linears.values()) == {"spqr"}
+    assert not [p for p in linears if p.endswith((".gate", "shared_expert_gate", "lm_head"))]
+    assert [p for p in linears if "shared_expert." in p]
+    given = inputs(model)
+    with torch.no_grad():
+        wanted, got = expected(source, model)(**given, use_cache=False).logits, model(**given, use_cache=False).logits
+    assert largest_difference(got, wanted) < 2e-5

@@ -1,0 +1,85 @@
+"""One rule applied to matrices: budgets are met by what is stored, and told where they cannot be."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbit.errors import RecipeError
+from halfbit.formats.spqr import SpQR
+from halfbit.grids.bilevel import Bilevel
+from halfbit.recipe import Rule, Solving
+from halfbit.solving import solve
+
+
+def matrices(count: int = 2, out: int = 96, width: int = 320) -> tuple[Tensor, Tensor]:
+    """Heavy-tailed weights and Hessians of correlated inputs."""
+    random = torch.Generator().manual_seed(0)
+    w = torch.randn(count, out, width, generator=random) * torch.randn(count, out, width, generator=random).exp()
+    x = torch.randn(count, 2 * width, width, generator=random) @ torch.randn(count, width, width, generator=random)
+    return w, x.mT @ x
+
+
+def rule(**fields) -> Rule:
+    return Rule(
+        "*", "gptq", Bilevel(bits=3, group=16), SpQR(bits=3, group=16), order="act_order", damping=0.1, **fields
+    )
+
+
+NAMES = ["a", "b"]
+
+
+@pytest.mark.parametrize("bits", [3.8, 4.1, 4.7])
+def test_stored_bits_are_those_asked_for_within_one_percent(bits: float) -> None:
+    w, h = matrices()
+    found = rule(bits=bits)
+    assert found.codec is not None
+    stored = [found.codec.encode(s).bits_per_weight for s in solve(w, h, found, Solving(), NAMES, [])]
+    assert sum(stored) / len(stored) == pytest.approx(bits, rel=0.01)
+
+
+def test_an_order_stored_elsewhere_leaves_room_for_outliers() -> None:
+    w, h = matrices(1)
+    counts = []
+    for stored in (True, False):
+        (s,) = solve(w, h, rule(bits=4.1), Solving(), ["a"], [], order_is_stored=stored)
+        assert s.outliers is not None
+        counts.append(len(s.outliers))
+    assert counts[1] > counts[0]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02])
+def test_the_share_of_outliers_is_the_one_asked_for(share: float) -> None:
+    w, h = matrices()
+    for s in solve(w, h, rule(outliers=share), Solving(), NAMES, []):
+        assert s.outliers is not None
+        assert len(s.outliers) / s.codes.numel() == pytest.approx(share, rel=0.05)
+
+
+def test_a_smaller_threshold_gives_more_outliers() -> None:
+    w, h = matrices(1)
+    counts = []
+    for tau in (1.0, 0.3, 0.1):
+        (s,) = solve(w, h, rule(tau=tau), Solving(), ["a"], [])
+        assert s.outliers is not None
+        counts.append(len(s.outliers))
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_bits_that_the_grid_alone_exceeds_are_refused() -> None:
+    w, h = matrices(1)
+    with pytest.raises(RecipeError, match=r"a: the grid alone takes 3\.[67]\d* bits per weight of the 3\.2 allowed"):
+        solve(w, h, rule(bits=3.2), Solving(), ["a"], [])
+
+
+def test_a_rules_damping_wins_over_the_recipes() -> None:
+    w, h = matrices(1)
+    weak, strong = (solve(w, h, rule(), Solving(damping=d), ["a"], [])[0] for d in (0.01, 10.0))
+    assert torch.equal(weak.codes, strong.codes)
+
+
+def test_a_repair_is_told_once() -> None:
+    w, h = matrices(1)
+    notices: list[str] = []
+    solve(w, torch.zeros_like(h), rule(bits=4.0), Solving(), ["a"], notices)
+    assert len(notices) == 1
+    assert notices[0].startswith("a: its Hessian needed repair")
