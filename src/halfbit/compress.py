@@ -18,10 +18,8 @@ committed blocks are read back instead of solved.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,9 @@ from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
+from halfbit.storing import fingerprint_of, folder_config, put_experts, put_outer
 from halfbit.types import Packed
-from halfbit.writer import FORMAT_VERSION, Writer, checksum
-
-# of the files that hold what lies outside the blocks
-SHARD_BYTES = 2 << 30
+from halfbit.writer import Writer
 
 
 def compress(
@@ -171,14 +167,10 @@ def compress(
         encoded = flow.end() if flow and part is not family.stacks()[-1] else None
 
     plain = [n for n, claim in claims.tensors.items() if claim.block is None and n not in compressed]
-    for number, names in enumerate(_shards(reader, plain)):
-        if not writer.has(f"outer {number}"):
-            for name in names:
-                writer.put(name, reader.tensor(name))
-            writer.commit(f"outer {number}", f"model-outer-{number:05d}.safetensors")
-    writer.finish(
-        _config(reader, writer, linears), [reader.path(n) for n in reader.auxiliary_files()], recipe.to_toml()
-    )
+    put_outer(reader, plain, writer)
+    tied = {twin: path for path, (linear, _) in linears.items() for twin in linear.twins}
+    auxiliary = [reader.path(n) for n in reader.auxiliary_files()]
+    writer.finish(folder_config(reader, writer, tied), auxiliary, recipe.to_toml())
     yield Finished(writer.folder)
 
 
@@ -225,7 +217,7 @@ def _solve(
                 yield Solved(matrix, solution.loss, encoded.bits_per_weight, n)
         if routed is not None:
             group.decoded(*(p[experts.start :] for p in packed)).run(routed)
-    _write(stack, packed, writer)
+    put_experts(stack, packed, writer)
     if routed is not None:
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
 
@@ -254,31 +246,6 @@ def _compressed(claims: Claims, stacks: Iterable[ExpertStack], linears: Iterable
         twins = (f"{twin}.{WEIGHT}" for twin in linear.twins)
         weights += [linear.name, *(name for name in twins if name in claims.sources)]
     return {tensor for name in weights for names in claims.sources[name].names.values() for tensor in names}
-
-
-def _shards(reader: Reader, names: list[str]) -> list[list[str]]:
-    """Names in order, cut where a file would pass SHARD_BYTES."""
-    shards: list[list[str]] = []
-    size = SHARD_BYTES
-    for name in names:
-        nbytes = prod(reader.shape(name)) * reader.dtype(name).itemsize
-        if size + nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
-
-
-def _write(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
-    """The matrices of all experts of a module, one above another, and their entry in the config."""
-    entry = {}
-    for matrices, projection in zip(packed, stored_names(stack), strict=True):
-        whole = matrices[0].codec.stack(matrices)
-        for part, tensor in whole.tensors.items():
-            writer.put(stored_name(stack.path, projection, part), tensor)
-        entry[projection] = Entry.of(whole, stack.num_experts).to_config()
-    writer.record("packed", stack.path, entry)
 
 
 def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:
@@ -343,30 +310,10 @@ def _compute_dtype(reader: Reader, device: str) -> torch.dtype:
 
 
 def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], samples: list[Sample], device: str) -> str:
-    """What must be the same when a run continues: model, recipe, text and its tokens, device, version.
-
-    Of a hub repository the commit stands for the weights; of a folder the first row of every tensor, since reading
-    terabytes twice would double the time of a run.
-    """
-    digest = hashlib.sha256(reader.path("config.json").read_bytes())
-    for name in reader.names():
-        shape = reader.shape(name)
-        digest.update(f"{name} {shape} {reader.dtype(name)}\n".encode())
-        if reader.revision is None:
-            digest.update(checksum(reader.slice(name, 0, 1) if shape else reader.tensor(name)).encode())
+    """What must be the same when a run continues: model, recipe, text and its tokens, device, version."""
+    digest = hashlib.sha256(fingerprint_of(reader, reader.names()).encode())
     for sample in samples:
         for ids in (sample.ids, sample.labels):
             digest.update(b"" if ids is None else ids.numpy().tobytes())
     digest.update(f"{recipe.to_toml()}{fingerprint(documents)}{device}{version('halfbit')}".encode())
     return digest.hexdigest()
-
-
-def _config(reader: Reader, writer: Writer, linears: Chosen) -> dict[str, Any]:
-    config = json.loads(reader.path("config.json").read_text("utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "halfbit",
-        "format": FORMAT_VERSION,
-        "modules": writer.manifest["packed"],
-        "tied": {twin: path for path, (linear, _) in linears.items() for twin in linear.twins},
-    }
-    return config

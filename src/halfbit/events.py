@@ -33,6 +33,14 @@ class Solved:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """One matrix of a published checkpoint is taken over."""
+
+    matrix: str
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
 class Noticed:
     """Something a user should know that does not stop the run."""
 
@@ -50,4 +58,4 @@ class Finished:
     folder: Path
 
 
-Event = Began | BlockBegan | Solved | Noticed | BlockDone | Finished
+Event = Began | BlockBegan | Solved | Imported | Noticed | BlockDone | Finished

@@ -16,12 +16,12 @@ from halfbit.events import Event, Noticed, Solved
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow, Seen
-from halfbit.layout import Entry, stored_name
+from halfbit.layout import Entry
 from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.recipe import Recipe, Rule
 from halfbit.solve.hessian import Hessian
 from halfbit.solving import solve
-from halfbit.types import Packed
+from halfbit.storing import put_linear
 from halfbit.writer import Writer
 
 Chosen = dict[str, tuple[Linear, Rule]]
@@ -97,23 +97,17 @@ def solve_group(
     family: Family, seen: Seen, rules: Mapping[str, tuple[Linear, Rule]], recipe: Recipe, writer: Writer, device: str
 ) -> Iterator[Event]:
     """Solve and write layers of one input; what is decoded takes the weights' place in the family's model."""
-    # part -> the module that stores it, and the tensor
-    stored: dict[str, tuple[str, Tensor]] = {}
+    orders: dict[str, Tensor] = {}
     for path in seen.paths:
         linear, rule = rules[path]
         notices: list[str] = []
         w = family.weight(linear.name).to(device, torch.float32)
         h = seen.hessian.sum.to(device)
-        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored="order" not in stored)
+        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored=not orders)
         yield from map(Noticed, notices)
         assert rule.codec is not None
         packed = rule.codec.encode(solution)
-        shared = {}
-        if (order := packed.tensors.get("order")) is not None and order.numel():
-            owner, first = stored.setdefault("order", (path, order))
-            if owner != path and torch.equal(order, first):
-                shared["order"] = owner
-        nbytes = _put(path, packed, shared, writer)
+        nbytes = put_linear(path, packed, orders, writer)
         fact = {
             "loss": solution.loss,
             "bits_per_weight": 8 * nbytes / w.numel(),
@@ -135,14 +129,3 @@ def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Map
 def unseen(linear: Linear, device: str) -> Seen:
     """A layer that no token reached: its Hessian is zero, which the solver takes for the identity."""
     return Seen([linear.path], Hessian(1, linear.shape[1], device=device))
-
-
-def _put(path: str, packed: Packed, shared: dict[str, str], writer: Writer) -> int:
-    """Hand the tensors over; the number of bytes that are this layer's own."""
-    nbytes = 0
-    for part, tensor in packed.tensors.items():
-        if part not in shared:
-            writer.put(stored_name(path, WEIGHT, part), tensor)
-            nbytes += tensor.numel() * tensor.element_size()
-    writer.record("packed", path, {WEIGHT: Entry.of(packed, 1, shared).to_config()})
-    return nbytes

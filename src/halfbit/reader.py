@@ -181,9 +181,9 @@ class Reader:
         if handles < 1:
             raise ValueError(f"handles: expected at least 1, got {handles}")
         self.source = str(source)
-        self.files: Folder | Hub = _files(source, revision)
+        self.files: Folder | Hub = open_files(source, revision)
         self.revision = self.files.revision if isinstance(self.files, Hub) else revision
-        self.config = self._json("config.json")
+        self.config = read_json(self.files, "config.json")
         self._limit = handles
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._headers: dict[str, dict[str, Entry]] = {}
@@ -270,18 +270,6 @@ class Reader:
 
     # inside
 
-    def _json(self, filename: str) -> dict[str, Any]:
-        path = self.files.path(filename)
-        if path is None:
-            raise CheckpointError(f"{self.files}: {filename} is missing; give a folder saved by `save_pretrained`")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise FormatError(f"{path}: not JSON ({error}); download the file again") from error
-        if not isinstance(content, dict):
-            raise FormatError(f"{path}: expected a JSON object, got {type(content).__name__}; download the file again")
-        return content
-
     def _list_tensors(self) -> dict[str, str]:
         """Tensor name -> shard name, from the index where there is one."""
         if self.files.path(INDEX) is None:
@@ -290,7 +278,7 @@ class Reader:
                 raise CheckpointError(_no_safetensors(str(self.files), names))
             self._headers[SINGLE] = self._header(SINGLE)
             return dict.fromkeys(self._headers[SINGLE], SINGLE)
-        shards = self._json(INDEX).get("weight_map")
+        shards = read_json(self.files, INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise FormatError(f"{self.files}/{INDEX}: expected a `weight_map` of tensor names to file names")
         for shard in sorted(set(shards.values())):
@@ -327,6 +315,10 @@ class Reader:
                     "version of the model"
                 )
             return method, (block[0], block[1])
+        if method == "spqr":
+            raise Unsupported(
+                f"{self.files}: already compressed, in the published SpQR format; `halfbit import` takes it over"
+            )
         raise Unsupported(
             f"{self.files}: weights are quantized with {method!r}; halfbit starts from plain weights, mxfp4 or fp8 "
             "with block scales, so use the original version of the model"
@@ -416,6 +408,20 @@ class Reader:
         return self._open[shard]
 
 
+def read_json(files: Folder | Hub, filename: str) -> dict[str, Any]:
+    """The object in a JSON file such as config.json."""
+    path = files.path(filename)
+    if path is None:
+        raise CheckpointError(f"{files}: {filename} is missing; give a folder saved by `save_pretrained`")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not JSON ({error}); download the file again") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(content).__name__}; download the file again")
+    return content
+
+
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Tensor name -> (dtype name, shape) of a safetensors file; checks that the file is as long as its header says."""
     length = path.stat().st_size
@@ -449,7 +455,8 @@ def _parts(virtual: Mxfp4 | Fp8) -> tuple[str, str]:
     return (virtual.blocks, virtual.scales) if isinstance(virtual, Mxfp4) else (virtual.weight, virtual.scale)
 
 
-def _files(source: str | Path, revision: str | None) -> Folder | Hub:
+def open_files(source: str | Path, revision: str | None) -> Folder | Hub:
+    """The files of a folder or hub repository; nothing is read yet."""
     path = Path(source)
     if path.is_dir():
         return Folder(path)

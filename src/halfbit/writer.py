@@ -7,7 +7,7 @@ index come last of all: a folder that is not finished cannot be mistaken for a m
     config.json  generation_config.json  tokenizer files      as in any model folder
     model.safetensors.index.json                              tensor -> file
     model-outer-00000.safetensors  model-block-00000.safetensors ...
-    recipe.toml                                               every default filled in
+    recipe.toml                                               every default filled in; not after an import
     manifest.json                                             checksums, losses, coverage, bytes
 """
 
@@ -179,19 +179,20 @@ class Writer:
         except (SafetensorError, FileNotFoundError) as e:
             raise FormatError(f"{path}: {e}; the run cannot continue, delete the folder and start again") from e
 
-    def finish(self, config: dict[str, Any], auxiliary: list[Path], recipe: str) -> None:
+    def finish(self, config: dict[str, Any], auxiliary: list[Path], recipe: str | None = None) -> None:
         """Copy the tokenizer and other files, then write index and config: from here on it is a model."""
+        names = [path.name for path in auxiliary]
         for path in auxiliary:
             self._atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
-        self._text("recipe.toml", recipe)
+        if recipe is not None:
+            self._text("recipe.toml", recipe)
+            names.append("recipe.toml")
         settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
         tensors = self.manifest["tensors"]
         total = sum((self.folder / f).stat().st_size for f in {t["file"] for t in tensors.values()})
         index = {"metadata": {"total_size": total}, "weight_map": {n: t["file"] for n, t in sorted(tensors.items())}}
         self._text(INDEX, json.dumps(index, indent=2) + "\n")
-        small = {
-            name: (self.folder / name).read_bytes() for name in [*(p.name for p in auxiliary), "recipe.toml", INDEX]
-        }
+        small = {name: (self.folder / name).read_bytes() for name in [*names, INDEX]}
         small["config.json"] = settings.encode()
         self.manifest["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
         self.manifest["complete"] = True

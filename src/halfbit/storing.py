@@ -1,0 +1,106 @@
+"""What a run hands to the writer, whether it solved the weights or found them packed: matrices, what stays, config."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbit.experts import ExpertStack
+from halfbit.layout import Entry, stored_name
+from halfbit.linears import WEIGHT
+from halfbit.nn import stored_names
+from halfbit.reader import Reader
+from halfbit.types import Packed
+from halfbit.writer import FORMAT_VERSION, Writer, checksum
+
+# of the files that hold what lies outside the blocks
+SHARD_BYTES = 2 << 30
+
+
+def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Writer) -> int:
+    """The packed weight of a linear layer and its entry in the config; the number of bytes that are its own.
+
+    Args:
+        orders: column orders by the layer that stores them. One that is among them is not stored again, and the entry
+            names its owner; any other is added.
+    """
+    order = packed.tensors.get("order")
+    owner = None
+    if order is not None and order.numel():
+        owner = next((other for other, stored in orders.items() if torch.equal(order, stored)), None)
+        if owner is None:
+            orders[path] = order
+    shared = {} if owner is None else {"order": owner}
+    nbytes = 0
+    for part, tensor in packed.tensors.items():
+        if part not in shared:
+            writer.put(stored_name(path, WEIGHT, part), tensor)
+            nbytes += tensor.numel() * tensor.element_size()
+    writer.record("packed", path, {WEIGHT: Entry.of(packed, 1, shared).to_config()})
+    return nbytes
+
+
+def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
+    """The matrices of all experts of a module, one above another, and their entry in the config."""
+    entry = {}
+    for matrices, projection in zip(packed, stored_names(stack), strict=True):
+        whole = matrices[0].codec.stack(matrices)
+        for part, tensor in whole.tensors.items():
+            writer.put(stored_name(stack.path, projection, part), tensor)
+        entry[projection] = Entry.of(whole, stack.num_experts).to_config()
+    writer.record("packed", stack.path, entry)
+
+
+def put_outer(reader: Reader, names: list[str], writer: Writer) -> None:
+    """Tensors outside the blocks as they are, in files of at most SHARD_BYTES."""
+    for number, shard in enumerate(_shards(reader, names)):
+        if not writer.has(f"outer {number}"):
+            for name in shard:
+                writer.put(name, reader.tensor(name))
+            writer.commit(f"outer {number}", f"model-outer-{number:05d}.safetensors")
+
+
+def _shards(reader: Reader, names: list[str]) -> list[list[str]]:
+    """Names in order, cut where a file would pass SHARD_BYTES."""
+    shards: list[list[str]] = []
+    size = SHARD_BYTES
+    for name in names:
+        nbytes = prod(reader.shape(name)) * reader.dtype(name).itemsize
+        if size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def folder_config(reader: Reader, writer: Writer, tied: Mapping[str, str]) -> dict[str, Any]:
+    """config.json of the source with what is packed in the folder; `tied` as in `HalfbitConfig`."""
+    config = json.loads(reader.path("config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "halfbit",
+        "format": FORMAT_VERSION,
+        "modules": writer.manifest["packed"],
+        "tied": dict(tied),
+    }
+    return config
+
+
+def fingerprint_of(reader: Reader, names: Iterable[str]) -> str:
+    """Which source it is: its config, and names, shapes and first rows of its tensors.
+
+    Of a hub repository the commit stands for the weights; of a folder the first row of every tensor, since reading
+    terabytes twice would double the time of a run.
+    """
+    digest = hashlib.sha256(reader.path("config.json").read_bytes())
+    digest.update(f"{reader.revision}\n".encode())
+    for name in names:
+        shape = reader.shape(name)
+        digest.update(f"{name} {shape} {reader.dtype(name)}\n".encode())
+        if reader.revision is None:
+            digest.update(checksum(reader.slice(name, 0, 1) if shape else reader.tensor(name)).encode())
+    return digest.hexdigest()
