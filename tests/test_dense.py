@@ -302,3 +302,11 @@ def test_mixed_rules(tmp_path) -> None:
     with torch.no_grad():
         wanted, got = expected(source, model)(**given, use_cache=False).logits, model(**given, use_cache=False).logits
     assert largest_difference(got, wanted) < 2e-5
+
+
+def test_matrices_that_are_no_linear_layers_are_told(tmp_path) -> None:
+    source = add_tokenizer(tiny_models.save("qwen3-moe", tmp_path / "source"))
+    events = run(source, tmp_path / "out", EVERYTHING["grouped"])
+    told = [e.message for e in events if isinstance(e, Noticed) and "is no linear layer" in e.message]
+    assert len(told) == 1
+    assert "mlp.gate and " in told[0]

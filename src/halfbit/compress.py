@@ -36,7 +36,7 @@ from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow
 from halfbit.layout import Entry, stored_name
-from halfbit.linear_groups import Chosen, choose, put_back, solve_group, solve_reached, unseen
+from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached, unseen
 from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
@@ -113,6 +113,7 @@ def compress(
     for rule in recipe.rules:
         if rule.codec is not None and not any(rule is used for used in in_use):
             yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
+    yield from map(Noticed, left_out(recipe, family, linears))
     if writer.complete:
         yield Finished(writer.folder)
         return

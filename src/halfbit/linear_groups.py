@@ -59,6 +59,22 @@ def choose(recipe: Recipe, family: Family) -> Chosen:
     return chosen
 
 
+def left_out(recipe: Recipe, family: Family, chosen: Chosen) -> Iterator[str]:
+    """What a rule would compress if it were a linear layer: one sentence per kind of module."""
+    experts = tuple(f"{path}." for path in family.experts)
+    kinds: dict[str, list[str]] = {}
+    for path, module in family.model.named_modules():
+        known = path in chosen or path in family.experts or path.startswith(experts)
+        # a vector is no matrix: norms, biases
+        if known or family.block_of(path) is None or recipe.rule(path) is None:
+            continue
+        if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            kinds.setdefault(type(module).__name__, []).append(path)
+    for kind, paths in kinds.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        yield f"{paths[0]}{more}: matched by a rule, but {kind} is no linear layer; stored as it was"
+
+
 def solve_reached(
     family: Family,
     pending: Chosen,
