@@ -11,6 +11,7 @@ import halfbit.hf  # noqa: F401 (registration with transformers is what the impo
 from halfbit.compress import compress
 from halfbit.evaluate import evaluate, load
 from halfbit.folder import inspect, verify
+from halfbit.importers import import_checkpoint
 from halfbit.recipe import Recipe
 
-__all__ = ["Recipe", "compress", "evaluate", "inspect", "load", "verify"]
+__all__ = ["Recipe", "compress", "evaluate", "import_checkpoint", "inspect", "load", "verify"]

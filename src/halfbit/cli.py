@@ -1,4 +1,4 @@
-"""The command line: compress, eval, generate, inspect, verify. It parses, calls the library and shows.
+"""The command line: compress, import, eval, generate, inspect, verify. It parses, calls the library and shows.
 
 Results go to stdout (as tables, or as JSON with --json), progress and messages to stderr. Exit codes: 0 done, 1 verify
 found damage, 2 the input is at fault.
@@ -24,10 +24,11 @@ from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import CalibrationError, HalfbitError, Unsupported
 from halfbit.evaluate import evaluate, load
-from halfbit.events import Began, BlockBegan, Event, Finished, Noticed, Solved
+from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
+from halfbit.importers import import_checkpoint
 from halfbit.samples import load_tokenizer
 
 app = typer.Typer(
@@ -121,6 +122,38 @@ def compress(
         if value is not None:
             chosen = chosen.budgeted(budget, value)
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
+    _tell(folder, as_json)
+
+
+@app.command("import")
+@told
+def import_command(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of a checkpoint that spqr_quant or the QMoE code wrote.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an interrupted import is continued.")],
+    outliers: Annotated[
+        str | None,
+        typer.Option(
+            help="SpQR only. add: to the weight under it, as the published kernel does and the model's published "
+            "figures were made; replace: in its place, as the published quantizer meant it. [add]"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over a published SpQR or QMoE checkpoint as it is: no weight changes, nothing is solved.
+
+    SpQR: folders with quant_method "spqr" in config.json (3 bits, tiles of 16 x 16). QMoE: folders of .pt files, opened
+    with torch.load(weights_only=True) only.
+
+    Example:
+    halfbit import Llama-2-7b-SPQR-3Bit-16x16 out --outliers replace
+    """
+    show_progress(import_checkpoint(source, folder, outliers=outliers))
+    _tell(folder, as_json)
+
+
+def _tell(folder: Path, as_json: bool) -> None:
     report = inspect_folder(folder)
     if as_json:
         print(json.dumps(report))
@@ -148,7 +181,7 @@ def show_progress(events: Any) -> None:
                         progress.console.print(f"continuing: {resumed} of {blocks} blocks are done", markup=False)
                 case BlockBegan(block=block, resumed=resumed):
                     progress.update(task, description=f"{block}{' (read back)' if resumed else ''}")
-                case Solved():
+                case Solved() | Imported():
                     progress.advance(task)
                 case Noticed(message=message):
                     progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
