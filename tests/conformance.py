@@ -26,11 +26,11 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "bilevel": [
         {},
-        {"dtype": "bfloat16"},
-        {"bits": 2, "group": 5, "supergroup": 3, "scale_bits": 16, "dtype": "bfloat16"},
-        {"bits": 4, "group": None, "supergroup": 64, "zero_bits": 16},
-        {"bits": 8, "scale_bits": 16, "zero_bits": 16, "dtype": "bfloat16"},
-        {"bits": 3, "group": 8, "supergroup": 16, "scale_bits": 4, "zero_bits": 2, "rounding": "float16"},
+        {"dtype": "bfloat16", "fitting": "min-max"},
+        {"bits": 2, "group": 5, "supergroup": 3, "scale_bits": 16, "dtype": "bfloat16", "fitting": "min-max"},
+        {"bits": 4, "group": None, "supergroup": 64, "zero_bits": 16, "fitting": "min-max"},
+        {"bits": 8, "scale_bits": 16, "zero_bits": 16, "dtype": "bfloat16", "fitting": "min-max"},
+        {"bits": 3, "group": 8, "scale_bits": 4, "zero_bits": 2, "rounding": "float16", "fitting": "min-max"},
     ],
     "qmoe": [{}, {"p0": 0.6}],
     "spqr": [

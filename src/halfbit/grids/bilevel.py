@@ -11,13 +11,14 @@ Everything is rounded to its stored form before the next thing is chosen: the ze
 the codes for both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError, Unsupported
+from halfbit.grids._bilevel_search import Cost, search
 from halfbit.types import Params
 
 DTYPES = {
@@ -27,6 +28,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 ROUNDINGS = ("float32", "float16")
+FITTINGS = ("min-max", "search")
 # a zero beyond this many steps buys resolution that the stored statistics do not have
 LARGEST_ZERO = 1024.0
 
@@ -44,6 +46,8 @@ class Bilevel:
             others serve comparisons.
         rounding: what each step of the three formulas is rounded to; "float16" is what the published kernels compute
             and what their checkpoints mean.
+        fitting: how statistics are found, which no format stores and no comparison of grids looks at. "min-max" as
+            published; "search" tries many and takes those with which the group costs least, see `_bilevel_search.py`.
     """
 
     bits: int = 3
@@ -53,6 +57,7 @@ class Bilevel:
     supergroup: int = 16
     dtype: str = "float16"
     rounding: str = "float32"
+    fitting: str = field(default="search", compare=False)
 
     name: ClassVar[str] = "bilevel"
 
@@ -70,45 +75,67 @@ class Bilevel:
             raise RecipeError(f"Bilevel: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"Bilevel: rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
+        if self.fitting not in FITTINGS:
+            raise RecipeError(f"Bilevel: fitting must be one of {', '.join(FITTINGS)}, got {self.fitting!r}")
 
     @property
     def largest_code(self) -> int:
         return (1 << self.bits) - 1
 
-    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+    def fit(
+        self,
+        w: Tensor,
+        importance: Tensor | None = None,
+        *,
+        original: Tensor | None = None,
+        limit: Tensor | None = None,
+    ) -> Params:
         """{"scale_codes": uint8 [..., out], "scale_grid": [..., supergroups, 2], "zero_codes", "zero_grid"}.
 
         With 16 bits: "scale" [..., out] in place of codes and grid; "zero" likewise.
+
+        Args:
+            w: `[..., out, columns]`; likely outliers already replaced by something harmless.
+            importance: `[..., columns]`, for `fitting="search"`; None: every column is worth the same.
+            original: `w` before outliers were replaced, where they were.
+            limit: `[...]`, what one weight of `original` costs at most, because beyond that it will be an outlier.
+
         Raises NonFinite, and Unsupported where a statistic is beyond the largest number of `dtype`.
         """
         if not torch.isfinite(w).all():
             raise NonFinite("Bilevel: a weight is NaN or infinite, so its group has no range")
-        w = _exact(w)
+        w = _exact(w).contiguous()
+        scale, middle, empty = self._range(w)
+        params = self.store("scale", scale)
+        # what the stored scale is too small or too large by is shared by both ends of the range
+        zero = self.centred(middle, self.statistic("scale", params))
+        # a group of zeros wants an integer
+        params |= self.store("zero", zero.masked_fill(empty, 0))
+        if self.fitting == "min-max":
+            return params
+        weights = w if original is None else _exact(original).contiguous()
+        cost = Cost(weights, importance, limit, self.largest_code)
+        return search(self, cost, scale, middle, params)
+
+    def _range(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, middle, empty), each `[..., out]`, by min-max; empty groups have no weight but 0.0."""
         low, high = w.amin(-1), w.amax(-1)
         # a group of one value: with 0.0 in its range the value is a grid point, and the zero is one of the codes
         constant = low == high
         low, high = torch.where(constant, low.clamp(max=0), low), torch.where(constant, high.clamp(min=0), high)
-        steps = high / self.largest_code - low / self.largest_code
-        scale = torch.maximum(steps, torch.maximum(-low, high) / LARGEST_ZERO)
+        # in this order nothing overflows
+        scale = high / self.largest_code - low / self.largest_code
+        scale = torch.maximum(scale, torch.maximum(-low, high) / LARGEST_ZERO)
         empty = scale == 0
-        scale = self._fill(scale, empty)
-        params = self._store("scale", scale, self.scale_bits)
-        stored = self._statistic("scale", params).to(w.dtype)
-        # what the stored scale is too small or too large by is shared by both ends of the range
-        zero = self.largest_code / 2 - (low / 2 + high / 2) / stored
-        # the nearest storable scale may be far too small for its row
-        zero = zero.clamp(-2 * LARGEST_ZERO, 2 * LARGEST_ZERO)
-        # a group of zeros wants an integer
-        zero = zero.masked_fill(empty, 0)
-        return params | self._store("zero", zero, self.zero_bits)
+        return self._fill(scale, empty), low / 2 + high / 2, empty
 
     def ready(self, params: Params) -> Params:
         """{"step": float [..., out, 1], "shift": float [..., out, 1]}, the scale and the zero."""
         if "step" in params:
             return params
         return {
-            "step": self._statistic("scale", params)[..., None],
-            "shift": self._statistic("zero", params)[..., None],
+            "step": self.statistic("scale", params)[..., None],
+            "shift": self.statistic("zero", params)[..., None],
         }
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
@@ -125,44 +152,58 @@ class Bilevel:
         return self._value(codes, self.ready(params))
 
     def _value(self, codes: Tensor, ready: Params) -> Tensor:
-        return self._rounded(ready["step"] * self._rounded(codes.to(ready["step"].dtype) - ready["shift"]))
+        return self.rounded(ready["step"] * self.rounded(codes.to(ready["step"].dtype) - ready["shift"]))
 
-    def _rounded(self, t: Tensor) -> Tensor:
+    def rounded(self, t: Tensor) -> Tensor:
         return t.to(torch.float16).to(t.dtype) if self.rounding == "float16" else t
 
-    def _statistic(self, name: str, params: Params) -> Tensor:
+    def statistic(self, name: str, params: Params) -> Tensor:
         """Scales or zeros `[..., out]` as they are stored, widened."""
         if name in params:
             return _exact(params[name])
-        codes, grid = params[f"{name}_codes"], _exact(params[f"{name}_grid"])
-        rows = grid.repeat_interleave(self.supergroup, dim=-2)[..., : codes.shape[-1], :]
-        return self._rounded(rows[..., 0] * self._rounded(codes.to(grid.dtype) - rows[..., 1]))
+        return self._second_level(params[f"{name}_codes"], self._by_row(name, params))
 
-    def _store(self, name: str, t: Tensor, bits: int) -> Params:
-        """Scales or zeros `[..., out]`, rounded to `bits`."""
+    def store(self, name: str, t: Tensor) -> Params:
+        """Scales or zeros `[..., out]` in their stored form; second-level grids by min-max."""
+        bits = self.scale_bits if name == "scale" else self.zero_bits
         if bits == 16:
             stored = t.to(DTYPES[self.dtype]) if name == "zero" else self._round_positive(t)
             self._check(stored)
             return {name: stored}
         largest = (1 << bits) - 1
-        groups = self._supergroups(t)
+        groups = self.supergroups(t)
         low, high = groups.amin(-1), groups.amax(-1)
         magnitude = torch.maximum(low.abs(), high.abs())
         step = torch.maximum(high / largest - low / largest, magnitude / LARGEST_ZERO)
         step = self._round_positive(step.masked_fill(magnitude == 0, 1))
-        start = (-low / _exact(step)).to(DTYPES[self.dtype])
-        grid = torch.stack([step, start], -1)
+        grid = torch.stack([step, (-low / _exact(step)).to(DTYPES[self.dtype])], -1)
         self._check(grid)
         wide = _exact(grid)[..., None, :]
         codes = (groups / wide[..., 0] + wide[..., 1]).round_().clamp_(0, largest)
         if name == "scale":
-            # the nearest code with a positive scale; start is at most 0
-            values = self._rounded(wide[..., 0] * self._rounded(codes.to(wide.dtype) - wide[..., 1]))
-            codes = torch.where(values > 0, codes, codes + 1)
+            # the nearest code with a positive scale: the second-level zero is at most 0
+            codes = torch.where(self._second_level(codes, wide) > 0, codes, codes + 1)
         codes = codes.flatten(-2)[..., : t.shape[-1]].to(torch.uint8)
         return {f"{name}_codes": codes, f"{name}_grid": grid}
 
-    def _supergroups(self, t: Tensor) -> Tensor:
+    def levels(self, name: str, params: Params, codes: Tensor) -> Tensor:
+        """The scales or zeros that `codes` `[..., out, k]` would be, on the second-level grids of `params`."""
+        return self._second_level(codes, self._by_row(name, params)[..., None, :])
+
+    def centred(self, middle: Tensor, scale: Tensor) -> Tensor:
+        """Zeros that put `middle` in the middle of the codes."""
+        # the nearest storable scale may be far too small for its row
+        return (self.largest_code / 2 - middle / scale).clamp(-2 * LARGEST_ZERO, 2 * LARGEST_ZERO)
+
+    def _by_row(self, name: str, params: Params) -> Tensor:
+        """Second-level grids, one per row: float `[..., out, 2]`."""
+        rows = params[f"{name}_codes"].shape[-1]
+        return _exact(params[f"{name}_grid"]).repeat_interleave(self.supergroup, dim=-2)[..., :rows, :]
+
+    def _second_level(self, codes: Tensor, grid: Tensor) -> Tensor:
+        return self.rounded(grid[..., 0] * self.rounded(codes.to(grid.dtype) - grid[..., 1]))
+
+    def supergroups(self, t: Tensor) -> Tensor:
         """`[..., out]` -> `[..., supergroups, supergroup]`; the last is filled up with its last row."""
         missing = -t.shape[-1] % self.supergroup
         if missing:
@@ -171,7 +212,7 @@ class Bilevel:
 
     def _fill(self, scale: Tensor, empty: Tensor) -> Tensor:
         """Groups of zeros take the smallest scale of their supergroup, and 1 where there are only such."""
-        smallest = self._supergroups(scale.masked_fill(empty, torch.inf)).amin(-1, keepdim=True)
+        smallest = self.supergroups(scale.masked_fill(empty, torch.inf)).amin(-1, keepdim=True)
         smallest = smallest.masked_fill(smallest == torch.inf, 1).expand(*smallest.shape[:-1], self.supergroup)
         return torch.where(empty, smallest.flatten(-2)[..., : scale.shape[-1]], scale)
 

@@ -157,11 +157,11 @@ def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, b
     n = w.shape[2]
     group = grid.group or max(n, 1)
     importance = problem.importance
-    limit, dtype, largest_code = None, w.dtype, 0
+    limit, dtype = None, w.dtype
     if tau is not None and not torch.isinf(tau).all():
         if not isinstance(grid, Bilevel):
             raise Unsupported(f"{grid!r}: outliers need a grid whose format stores them; bilevel does")
-        limit, dtype, largest_code = threshold(w, importance, tau), DTYPES[grid.dtype], grid.largest_code
+        limit, dtype = threshold(w, importance, tau), DTYPES[grid.dtype]
     # [experts, in, out]: a column of weights is contiguous; a copy even where it is so already (one row)
     W = w.mT.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
@@ -179,9 +179,11 @@ def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, b
                 ahead = W[:, behind] - U[:, start:j, behind].mT @ E[:, :i]
                 columns = torch.cat([B[:, i : i + group], ahead], dim=1).mT
                 weights = importance[:, j : j + group]
-                if limit is not None:
-                    columns = without_outliers(columns, weights, limit, largest_code)
-                params.append(grid.fit(columns, weights))
+                if limit is None or not isinstance(grid, Bilevel):
+                    params.append(grid.fit(columns, weights))
+                else:
+                    inner = without_outliers(columns, weights, limit, grid.largest_code)
+                    params.append(grid.fit(inner, weights, original=columns, limit=limit))
                 ready = grid.ready(params[-1])
             column = B[:, i, :, None]
             rounded = grid.nearest(column, ready)
