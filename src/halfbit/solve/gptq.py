@@ -55,7 +55,7 @@ def gptq(
 
     Raises:
         RecipeError: an unknown order, a tau that is negative or not a number.
-        Unsupported: outliers on a grid other than Bilevel.
+        Unsupported: outliers on a grid other than Bilevel, or weights that its dtype cannot hold.
     """
     problem = prepare(w, hessian, names=names, damping=damping, order=order, fallback=fallback, on_repair=on_repair)
     if outliers is None:
@@ -152,7 +152,7 @@ def prepare(
 
 
 def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, block: int = 128) -> Answer:
-    """Round column by column. Raises Unsupported for outliers on a grid other than Bilevel."""
+    """Round column by column. `tau` None: no outliers. Raises Unsupported as `gptq`."""
     w, U = problem.w, problem.factors
     n = w.shape[2]
     group = grid.group or max(n, 1)
@@ -162,6 +162,8 @@ def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, b
         if not isinstance(grid, Bilevel):
             raise Unsupported(f"{grid!r}: outliers need a grid whose format stores them; bilevel does")
         limit, dtype = threshold(w, importance, tau), DTYPES[grid.dtype]
+        if w.abs().max() > torch.finfo(dtype).max:
+            raise Unsupported(f'a weight is too large for an outlier in {grid.dtype}; dtype="bfloat16" reaches further')
     # [experts, in, out]: a column of weights is contiguous; a copy even where it is so already (one row)
     W = w.mT.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
@@ -192,7 +194,7 @@ def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, b
             if limit is not None:
                 far = error.square() > limit[:, None]
                 kept = B[:, i].to(dtype).to(B.dtype)
-                # too large for 16 bits: on the grid it has at least the right sign
+                # grown too large for 16 bits: on the grid it has at least the right sign
                 far &= torch.isfinite(kept)
                 error = torch.where(far, (B[:, i] - kept) / U[:, j, j, None], error)
                 codes[:, j].masked_fill_(far, 0)
