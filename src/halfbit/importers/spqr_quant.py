@@ -53,7 +53,7 @@ def matches(files: Folder | Hub) -> bool:
 
 def open_checkpoint(source: str, revision: str | None, outliers: str | None) -> "Checkpoint":
     """The checkpoint; nothing of its weights is read yet."""
-    return Checkpoint(Packing(source, revision), outliers or MEANINGS[0])
+    return Checkpoint(Packing(source, revision), MEANINGS[0] if outliers is None else outliers)
 
 
 class Packing(Reader):
@@ -132,7 +132,7 @@ class Checkpoint:
         owned = {f"{path}.{part}" for path in self._paths for part in DTYPES}
         for name in reader.stored():
             if name.rpartition(".")[2] in DTYPES and name not in owned:
-                raise FormatError(f"{name}: there is no {_stored(name)} beside it", tensor=name)
+                raise FormatError(f"{name}: there is no {name.rpartition('.')[0]}.dense_weights", tensor=name)
 
     def stored(self) -> list[str]:
         return self.reader.stored()
