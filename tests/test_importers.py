@@ -641,8 +641,8 @@ def test_the_help_tells_the_two_meanings_apart() -> None:
     code, out, _ = call("import", "--help")
     told = " ".join(out.split())
     assert code == 0
-    assert "add: to the weight under it, as the published kernel does" in told
-    assert "replace: in its place" in told
+    assert "add: an outlier is added to the weight under it, as in the published kernel" in told
+    assert "replace: it takes the weight's place" in told
 
 
 def test_the_library_refuses_what_the_command_refuses(tmp_path) -> None:

@@ -129,19 +129,20 @@ def compress(
 @told
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="Folder or hub id of a checkpoint that spqr_quant or the QMoE code wrote.")
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder or hub id of a checkpoint of spqr_quant or of the QMoE code."),
     ],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an interrupted import is continued.")],
     outliers: Annotated[
         str | None,
         typer.Option(
-            help="SpQR only. add: to the weight under it, as the published kernel does and the model's published "
-            "figures were made; replace: in its place, as the published quantizer meant it. [add]"
+            help="SpQR only. add: an outlier is added to the weight under it, as in the published kernel, which the "
+            "model's figures come from; replace: it takes the weight's place, as the published quantizer meant it. [add]"
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take over a published SpQR or QMoE checkpoint as it is: no weight changes, nothing is solved.
+    """Take over a published SpQR or QMoE checkpoint, weight for weight; nothing is solved.
 
     SpQR: folders with quant_method "spqr" in config.json (3 bits, tiles of 16 x 16). QMoE: folders of .pt files, opened
     with torch.load(weights_only=True) only.
