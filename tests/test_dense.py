@@ -49,19 +49,19 @@ EVERYTHING = {
         [[rules]]
         match = "*embed*"
         solver = "rtn"
-        grid = { name = "bilevel", bits = 8, group = 16 }
+        grid = { name = "bilevel", bits = 8, group = 16, fitting = "min-max" }
         codec = { name = "spqr" }
         [[rules]]
         match = "*shared"
         solver = "rtn"
-        grid = { name = "bilevel", bits = 8, group = 16 }
+        grid = { name = "bilevel", bits = 8, group = 16, fitting = "min-max" }
         codec = { name = "spqr" }
         [[rules]]
         match = "*"
-        grid = { name = "bilevel", bits = 3, group = 5, supergroup = 3 }
+        grid = { name = "bilevel", bits = 3, group = 9, supergroup = 3, fitting = "min-max" }
         codec = { name = "spqr" }
         order = "act_order"
-        outliers = 0.02
+        tau = 0.5
         """,
 }
 
