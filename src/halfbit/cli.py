@@ -137,7 +137,7 @@ def import_command(
         str | None,
         typer.Option(
             help="SpQR only. add: an outlier is added to the weight under it, as in the published kernel, which the "
-            "model's figures come from; replace: it takes the weight's place, as the published quantizer meant it. [add]"
+            "model's figures come from; replace: it takes the weight's place, as the published quantizer meant. [add]"
         ),
     ] = None,
     as_json: AsJson = False,

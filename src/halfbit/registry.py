@@ -1,7 +1,8 @@
 """A name -> an implementation. The file name is the registration: adding a format is adding one file.
 
 Names are looked up among the files that lie in the package, never imported from what a downloaded file says. Other
-packages can add to a group through entry points `halfbit.grids`, `halfbit.formats` and `halfbit.families`.
+packages can add to a group through entry points `halfbit.grids`, `halfbit.formats`, `halfbit.families` and
+`halfbit.importers`.
 """
 
 from functools import cache
@@ -15,7 +16,7 @@ from halfbit.errors import UnknownName
 
 @cache
 def names(group: str) -> tuple[str, ...]:
-    """Registered names of a group ("grids", "formats", "families"), sorted."""
+    """Registered names of a group ("grids", "formats", "families", "importers"), sorted."""
     package = import_module(f"halfbit.{group}")
     inside = {m.name for m in iter_modules(package.__path__) if not m.name.startswith("_")}
     return tuple(sorted(inside | {e.name for e in entry_points(group=f"halfbit.{group}")}))
