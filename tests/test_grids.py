@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from halfbit import grids
-from halfbit.errors import FormatError, NonFinite, RecipeError, UnknownName
+from halfbit.errors import FormatError, NonFinite, RecipeError, UnknownName, Unsupported
 from halfbit.grids.affine import Affine
+from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.ternary import Ternary
 from halfbit.types import Grid
 
@@ -91,6 +92,137 @@ def test_symmetric_keeps_zero_in_the_middle():
     assert Affine(3, symmetric=True).values(codes, params).tolist() == [[-4, -3, -2, -1, 0, 1, 2, 3]]
 
 
+# ------------------------------------------------------------------------------------------------------------- bilevel
+
+
+def heavy_tailed(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    w = torch.randn(rows, columns, generator=random)
+    w = (w + 0.1 * w**3) * torch.rand(rows, 1, generator=random).add(0.5)
+    return w, 0.2 + torch.rand(columns, generator=random)
+
+
+def cost(grid: Bilevel, w: torch.Tensor, importance: torch.Tensor, params) -> torch.Tensor:
+    return (grid.values(grid.nearest(w, params), params) - w).square() * importance
+
+
+def test_bilevel_is_the_formula_step_by_step():
+    """Two supergroups, the second of one row; 2 bits for scales, 3 for zeros."""
+    params = {
+        "scale_codes": torch.tensor([0, 3, 1], dtype=torch.uint8),
+        "scale_grid": torch.tensor([[0.5, -1.0], [0.25, -2.0]], dtype=torch.float16),
+        "zero_codes": torch.tensor([7, 0, 2], dtype=torch.uint8),
+        "zero_grid": torch.tensor([[0.5, 1.0], [1.5, 0.5]], dtype=torch.float16),
+    }
+    grid = Bilevel(2, 4, 2, 3, 2)
+    # scales 0.5, 2, 0.75; zeros 3, -0.5, 2.25
+    codes = torch.tensor([[0, 1, 2, 3]] * 3, dtype=torch.uint8)
+    expected = [[-1.5, -1.0, -0.5, 0.0], [1.0, 3.0, 5.0, 7.0], [-1.6875, -0.9375, -0.1875, 0.5625]]
+    assert grid.values(codes, params).tolist() == expected
+    assert torch.equal(grid.nearest(torch.tensor(expected), params), codes)
+    assert torch.equal(grid.values(codes, grid.ready(grid.ready(params))), grid.values(codes, params))
+
+
+def test_float16_rounding_rounds_every_step():
+    random = torch.Generator().manual_seed(0)
+    w = torch.randn(32, 8, generator=random) + 3
+    grid = Bilevel(group=8, rounding="float16")
+    params = grid.fit(w)
+    codes = grid.nearest(w, params)
+    for r in range(32):
+        a, b = params["scale_grid"][r // 16]
+        c, d = params["zero_grid"][r // 16]
+        # arithmetic of two float16 tensors is rounded once to float16
+        scale = a * (params["scale_codes"][r].half() - b)
+        zero = c * (params["zero_codes"][r].half() - d)
+        assert torch.equal(grid.values(codes, params)[r], (scale * (codes[r].half() - zero)).float())
+
+
+def test_bilevel_by_min_max_is_the_published_formula():
+    """With 16 bits nothing hides it: scale = (max - min) / 7, zero = -min / scale, not rounded to an integer."""
+    w, _ = heavy_tailed(5, 16)
+    params = Bilevel(3, 16, 16, 16, dtype="float32", fitting="min-max").fit(w)
+    low, high = w.amin(1), w.amax(1)
+    torch.testing.assert_close(params["scale"], (high - low) / 7)
+    torch.testing.assert_close(params["zero"], -low / ((high - low) / 7))
+
+
+@pytest.mark.parametrize("bits", [(3, 3, 3), (4, 3, 3), (2, 4, 5), (3, 16, 3), (3, 3, 16), (4, 16, 16), (3, 8, 8)])
+def test_search_never_costs_more_than_min_max_and_mostly_much_less(bits: tuple[int, int, int]):
+    w, importance = heavy_tailed(200, 16)
+    made = {f: Bilevel(bits[0], 16, *bits[1:], fitting=f) for f in ("min-max", "search")}
+    costs = {}
+    for fitting, grid in made.items():
+        of_rows = cost(grid, w, importance, grid.fit(w, importance)).sum(1)
+        costs[fitting] = torch.nn.functional.pad(of_rows, (0, 8)).view(-1, 16).sum(1)
+    assert (costs["search"] <= costs["min-max"] * (1 + 1e-5)).all()
+    # two thirds is what it comes to at 3, 3, 3; 16-bit statistics leave less to gain
+    assert costs["search"].sum() < 0.9 * costs["min-max"].sum()
+
+
+def test_search_knows_the_importance():
+    w, _ = heavy_tailed(64, 16)
+    grid = Bilevel()
+    flat, steep = torch.ones(16), torch.ones(16).index_fill(0, torch.tensor([3, 7]), 50.0)
+    there = cost(grid, w, steep, grid.fit(w, steep)).sum()
+    assert there < 0.7 * cost(grid, w, steep, grid.fit(w, flat)).sum()
+
+
+def test_a_limit_lets_the_search_forget_outliers():
+    w, importance = heavy_tailed(64, 16)
+    spiked = w.clone()
+    spiked[::3, 5] *= 20
+    grid = Bilevel()
+    # three quarters of the weights are never outliers at this limit
+    limit = torch.tensor(0.05)
+    with_limit = cost(grid, spiked, importance, grid.fit(w, importance, original=spiked, limit=limit))
+    without = cost(grid, spiked, importance, grid.fit(w, importance, original=spiked))
+    assert with_limit.clamp(max=0.05).sum() < 0.6 * without.clamp(max=0.05).sum()
+
+
+@pytest.mark.parametrize("fitting", ["min-max", "search"])
+def test_constant_groups_and_groups_far_from_zero_are_close(fitting: str):
+    random = torch.Generator().manual_seed(0)
+    w = torch.randn(32, 16, generator=random)
+    constant = w.clone()
+    constant[:16] = torch.arange(1.0, 17)[:, None] * 0.1
+    grid = Bilevel(fitting=fitting)
+    params = grid.fit(constant)
+    error = (grid.values(grid.nearest(constant, params), params) - constant).abs()
+    # a third of a step of the largest
+    assert error[:16].max() < 1.6 / 7 / 3
+
+
+def test_search_serves_groups_far_from_zero():
+    """Ranges that differ in width have zeros 350 steps apart from each other; min-max is off by 2 then."""
+    w = 50 + 0.1 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    params = Bilevel().fit(w)
+    assert (Bilevel().values(Bilevel().nearest(w, params), params) - w).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_tiny_weights_have_a_scale(dtype: str):
+    for size in (1e-6, 1e-8, 1e-12):
+        w = size * heavy_tailed(20, 16)[0]
+        grid = Bilevel(dtype=dtype)
+        values = grid.values(grid.nearest(w, params := grid.fit(w)), params)
+        assert torch.isfinite(values).all()
+        assert (values - w).abs().max() <= max(w.abs().max(), 2.0**-22)
+
+
+def test_fitting_is_no_part_of_what_a_grid_is():
+    assert Bilevel(fitting="min-max") == Bilevel()
+    assert "fitting='min-max'" in repr(Bilevel(fitting="min-max"))
+
+
+def test_statistics_beyond_float16_say_what_helps():
+    w = 1e8 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    for bits in (3, 16):
+        with pytest.raises(Unsupported, match='too large for statistics in float16; dtype="bfloat16" reaches'):
+            Bilevel(scale_bits=bits).fit(w)
+        Bilevel(scale_bits=bits, dtype="bfloat16").fit(w)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -99,6 +231,14 @@ def test_symmetric_keeps_zero_in_the_middle():
         (lambda: Affine(9), "bits must be 2 to 8, got 9"),
         (lambda: Affine(group=0), "at least 1, got 0"),
         (lambda: Affine(dtype="int8"), "bfloat16, float32"),
+        (lambda: Bilevel(1), "bits must be 2 to 8, got 1"),
+        (lambda: Bilevel(scale_bits=9), "scale_bits must be 2 to 8, or 16, got 9"),
+        (lambda: Bilevel(zero_bits=1), "zero_bits must be 2 to 8, or 16, got 1"),
+        (lambda: Bilevel(supergroup=0), "supergroup must be at least 1, got 0"),
+        (lambda: Bilevel(group=0), "group must be None or at least 1, got 0"),
+        (lambda: Bilevel(dtype="int8"), "float16, bfloat16"),
+        (lambda: Bilevel(rounding="int8"), "float32, float16"),
+        (lambda: Bilevel(fitting="best"), "min-max, search, got 'best'"),
     ],
 )
 def test_impossible_values_are_refused(make, says: str):

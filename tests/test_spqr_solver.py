@@ -156,6 +156,7 @@ def test_orders_are_what_they_say():
     for e in range(2):
         (solution,) = gptq(w[e : e + 1], h[e : e + 1], Bilevel(), names=["w"], damping=0.1, order="sensitivity")
         saliency = w[e].square().sum(0) / torch.linalg.inv(damp(h[e : e + 1], 0.1)[0]).diagonal()
+        assert solution.order is not None
         assert torch.equal(solution.order, saliency.argsort(descending=True))
     assert gptq(w, h, Bilevel(), names=NAMES)[0].order is None
 

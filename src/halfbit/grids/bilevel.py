@@ -161,7 +161,7 @@ class Bilevel:
         """Scales or zeros `[..., out]` as they are stored, widened."""
         if name in params:
             return _exact(params[name])
-        return self._second_level(params[f"{name}_codes"], self._by_row(name, params))
+        return self._second_level(params[f"{name}_codes"], self.by_row(name, params))
 
     def store(self, name: str, t: Tensor) -> Params:
         """Scales or zeros `[..., out]` in their stored form; second-level grids by min-max."""
@@ -188,14 +188,14 @@ class Bilevel:
 
     def levels(self, name: str, params: Params, codes: Tensor) -> Tensor:
         """The scales or zeros that `codes` `[..., out, k]` would be, on the second-level grids of `params`."""
-        return self._second_level(codes, self._by_row(name, params)[..., None, :])
+        return self._second_level(codes, self.by_row(name, params)[..., None, :])
 
     def centred(self, middle: Tensor, scale: Tensor) -> Tensor:
         """Zeros that put `middle` in the middle of the codes."""
         # the nearest storable scale may be far too small for its row
         return (self.largest_code / 2 - middle / scale).clamp(-2 * LARGEST_ZERO, 2 * LARGEST_ZERO)
 
-    def _by_row(self, name: str, params: Params) -> Tensor:
+    def by_row(self, name: str, params: Params) -> Tensor:
         """Second-level grids, one per row: float `[..., out, 2]`."""
         rows = params[f"{name}_codes"].shape[-1]
         return _exact(params[f"{name}_grid"]).repeat_interleave(self.supergroup, dim=-2)[..., :rows, :]
