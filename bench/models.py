@@ -55,13 +55,14 @@ def main() -> None:
             given = [out, "--text", options.test, "--against", options.model, "--max-tokens", options.max_tokens]
             figures, _, _ = run("eval", *given, *shared, "--json")
         note = (
-            f"{report['bits_per_packed_weight']:.4f} bits per expert weight, perplexity {figures['perplexity']:.3f} "
-            f"(original {figures['original_perplexity']:.3f}), loss {figures['loss']:.4f} "
-            f"({figures['original_loss']:.4f}), KL {figures['kl_divergence']:.4f}, top-1 agreement "
+            f"{report['bits_per_packed_weight']:.4f} bits per packed weight, whole model {report['bits_per_weight']:.4f}, "
+            f"perplexity {figures['perplexity']:.3f} (original {figures['original_perplexity']:.3f}, "
+            f"{100 * (figures['perplexity'] / figures['original_perplexity'] - 1):+.2f} %), loss {figures['loss']:.4f} "
+            f"({figures['original_loss']:.4f}), KL {figures['kl_divergence']:.5f}, top-1 agreement "
             f"{figures['top1_agreement']:.4f}, peak memory {peak} MiB, "
             f"{options.samples} x {options.sequence_length} tokens"
         )
-        print(f"{options.model.name:>16} {recipe:>12} {seconds:7.1f} s  {note}", flush=True)
+        print(f"{options.model.name:>16} {recipe:>18} {seconds:7.1f} s  {note}", flush=True)
         rows.append(
             {
                 "shape": options.model.name,
