@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,8 @@ def test_the_spqr_folder_loads_generates_verifies_and_saves(spqr, tmp_path) -> N
     assert problems(folder) == []
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
+    half: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert half.dtype == torch.float16
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = load_file(GOLDEN / "spqr" / "expected_dense.safetensors")["input_ids"][:1]
     with torch.no_grad():
@@ -320,6 +322,9 @@ def test_the_spqr_folder_loads_generates_verifies_and_saves(spqr, tmp_path) -> N
     written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert written.shape == (1, 28)
     assert written[0, 24] == logits[0, -1].argmax()
+    with torch.no_grad():
+        rounded = half(input_ids=ids).logits.float()
+    assert (rounded - logits).abs().max() <= 32 * torch.finfo(torch.float16).eps * logits.abs().max()
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     with torch.no_grad():
@@ -368,6 +373,20 @@ def test_an_order_of_its_own_is_stored_and_an_identity_is_not(tmp_path) -> None:
     assert told["q"] == ["uint8", [0, 64]]
     assert told["k"] == told["v"] == told["o"] == ["uint8", [1, 64]]
     halfbit.load(str(tmp_path / "out"))
+
+
+def test_both_layouts_of_outliers_give_one_folder(tmp_path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".row_offsets")]:
+            path = name.removesuffix(".row_offsets")
+            ends, entries = tensors[name].tolist(), tensors[f"{path}.col_vals"].tolist()
+            rows = [entries[start:stop] for start, stop in pairwise(ends)]
+            tensors |= {f"{path}.{part}": tensor for part, tensor in ptcsr(rows).items()}
+
+    run(SPQR, tmp_path / "csr")
+    run(spqr_with(tmp_path / "checkpoint", edit), tmp_path / "ptcsr")
+    for path in (tmp_path / "csr").glob("model*"):
+        assert path.read_bytes() == (tmp_path / "ptcsr" / path.name).read_bytes()
 
 
 def quantization(**fields: Any) -> Edit:
@@ -628,7 +647,8 @@ def test_bad_input_is_one_sentence(tmp_path) -> None:
         ("import", SPQR, out, "--outliers", "both"): "expected add or replace",
         ("import", QMOE, out, "--outliers", "add"): "has no outliers",
         ("import", SPQR, tiny): "not empty",
-        ("compress", SPQR, out): "halfbit import",
+        ("compress", SPQR, out): "`halfbit import` takes it over",
+        ("compress", QMOE, out): "`halfbit import` takes it over",
     }
     for given, says in arguments.items():
         code, _, err = call(*given)

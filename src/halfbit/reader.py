@@ -470,6 +470,8 @@ def open_files(source: str | Path, revision: str | None) -> Folder | Hub:
 
 def _no_safetensors(where: str, names: list[str]) -> str:
     pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    if "noexp.pt" in pickled:
+        return f"{where}: already compressed, in the published QMoE format; `halfbit import` takes it over"
     if pickled:
         return (
             f"{where}: only pickled weights ({pickled[0]}), which halfbit never opens; convert them once with "
