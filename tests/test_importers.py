@@ -430,6 +430,11 @@ DAMAGED_SPQR = {
         lambda c: None,
         "has no linear layer model.embed_tokens",
     ),
+    "scales below zero": (
+        lambda t: change("model.layers.0.mlp.up_proj.dense_weights", lambda words: scaled(words, -1.0))(t),
+        lambda c: None,
+        "model.layers.0.mlp.up_proj: spqr: scales",
+    ),
     "outliers that repeat": (
         lambda t: twice(t["model.layers.1.mlp.down_proj.row_offsets"], t["model.layers.1.mlp.down_proj.col_vals"]),
         lambda c: None,
