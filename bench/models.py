@@ -54,10 +54,11 @@ def main() -> None:
             report, seconds, peak = run("compress", *given, "--samples", options.samples, *shared, "--json")
             given = [out, "--text", options.test, "--against", options.model, "--max-tokens", options.max_tokens]
             figures, _, _ = run("eval", *given, *shared, "--json")
+        change = 100 * (figures["perplexity"] / figures["original_perplexity"] - 1)
         note = (
-            f"{report['bits_per_packed_weight']:.4f} bits per packed weight, "
-            f"whole model {report['bits_per_weight']:.4f}, perplexity {figures['perplexity']:.3f} (original {figures['original_perplexity']:.3f}, "
-            f"{100 * (figures['perplexity'] / figures['original_perplexity'] - 1):+.2f} %), loss {figures['loss']:.4f} "
+            f"{report['bits_per_packed_weight']:.4f} bits per packed weight, whole model "
+            f"{report['bits_per_weight']:.4f}, perplexity {figures['perplexity']:.3f} (original "
+            f"{figures['original_perplexity']:.3f}, {change:+.2f} %), loss {figures['loss']:.4f} "
             f"({figures['original_loss']:.4f}), KL {figures['kl_divergence']:.5f}, top-1 agreement "
             f"{figures['top1_agreement']:.4f}, peak memory {peak} MiB, "
             f"{options.samples} x {options.sequence_length} tokens"
