@@ -10,7 +10,7 @@ from halfbit.grids.affine import Affine
 from halfbit.grids.bilevel import Bilevel
 from halfbit.solve import naive, orders
 from halfbit.solve.budget import gptq_with_share
-from halfbit.solve.gptq import gptq
+from halfbit.solve.gptq import Answer, Problem, gptq, solve
 from halfbit.solve.hessian import damp
 from halfbit.solve.loss import relative_loss
 from halfbit.solve.outliers import likely_outliers, threshold, without_outliers
@@ -187,6 +187,25 @@ def test_every_expert_has_its_own_share():
     assert counts[0] == 0
     assert counts[1:] == [pytest.approx(0.02 * 48 * 96, rel=0.035), pytest.approx(23, abs=1)]
     assert_same(solved[0], gptq(w, h, Bilevel(), names=NAMES)[0])
+
+
+def test_large_matrices_are_searched_on_some_rows_first(monkeypatch: pytest.MonkeyPatch):
+    w, h = problem(2, 200, 64)
+    rows: list[int] = []
+
+    def counted(part: Problem, *args) -> Answer:
+        rows.append(part.w.shape[1])
+        return solve(part, *args)
+
+    monkeypatch.setattr("halfbit.solve.budget.SAMPLE", 40 * 64)
+    monkeypatch.setattr("halfbit.solve.budget.solve", counted)
+    solved = gptq_with_share(w, h, Bilevel(), 0.02, names=NAMES)
+    assert [len(places(s)) for s in solved] == [pytest.approx(0.02 * 200 * 64, rel=0.035)] * 2
+    # of 13 supergroups, the last with 8 rows, those with the numbers 0, 5 and 10
+    assert rows[0] == 48
+    assert rows.count(200) <= 3
+    # less than one outlier in the sample
+    assert 1 <= len(places(gptq_with_share(w, h, Bilevel(), 1 / 6400, names=NAMES)[0])) <= 3
 
 
 @pytest.mark.parametrize("weights", ["zero", "two values", "one value", "one spike"])

@@ -58,13 +58,13 @@ def gptq(
         Unsupported: outliers on a grid other than Bilevel, or weights that its dtype cannot hold.
     """
     problem = prepare(w, hessian, names=names, damping=damping, order=order, fallback=fallback, on_repair=on_repair)
-    if outliers is None:
-        tau = None
-    else:
+    limit = None
+    if outliers is not None:
         tau = torch.as_tensor(outliers, dtype=problem.w.dtype, device=w.device).expand(w.shape[0])
         if not (tau >= 0).all():
             raise RecipeError(f"outliers: tau must be at least 0, got {tau[~(tau >= 0)][0].item()}")
-    answer = solve(problem, grid, tau, block)
+        limit = threshold(problem.w, problem.importance, tau)
+    answer = solve(problem, grid, limit, block)
     return [measured(answer.solution(problem, grid, e), w[e], hessian[e]) for e in range(w.shape[0])]
 
 
@@ -151,17 +151,23 @@ def prepare(
     return Problem(w.gather(2, columns[:, None].expand_as(w)), factors, columns)
 
 
-def solve(problem: Problem, grid: Grid, tau: Float[Tensor, " experts"] | None, block: int = 128) -> Answer:
-    """Round column by column. `tau` None: no outliers. Raises Unsupported as `gptq`."""
+def solve(problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None, block: int = 128) -> Answer:
+    """Round column by column. Raises Unsupported as `gptq`.
+
+    Args:
+        limit: what a weight on the grid may cost at most, of each expert; None or all infinite: no outliers.
+    """
     w, U = problem.w, problem.factors
     n = w.shape[2]
     group = grid.group or max(n, 1)
     importance = problem.importance
-    limit, dtype = None, w.dtype
-    if tau is not None and not torch.isinf(tau).all():
+    dtype = w.dtype
+    if limit is not None and torch.isinf(limit).all():
+        limit = None
+    if limit is not None:
         if not isinstance(grid, Bilevel):
             raise Unsupported(f"{grid!r}: outliers need a grid whose format stores them; bilevel does")
-        limit, dtype = threshold(w, importance, tau), DTYPES[grid.dtype]
+        dtype = DTYPES[grid.dtype]
         if w.abs().max() > torch.finfo(dtype).max:
             raise Unsupported(f'a weight is too large for an outlier in {grid.dtype}; dtype="bfloat16" reaches further')
     # [experts, in, out]: a column of weights is contiguous; a copy even where it is so already (one row)
