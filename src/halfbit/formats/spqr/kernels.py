@@ -6,13 +6,21 @@
 import torch
 from torch import Tensor
 
+from halfbit import native
 from halfbit.formats.spqr import reference
 from halfbit.formats.spqr.reference import Form
+
+if native.extension is not None:
+    from halfbit.formats.spqr import cpu
 
 
 def decode(tensors: list[Tensor], form: Form) -> Tensor:
     """All matrices, one above another: float32 `[k * rows, columns]`."""
-    return reference.decode(tensors, form)
+    return (cpu if _native(tensors[0]) else reference).decode(tensors, form)
+
+
+def _native(t: Tensor) -> bool:
+    return native.extension is not None and t.device.type == "cpu"
 
 
 @torch.library.custom_op(
@@ -22,7 +30,7 @@ def decode(tensors: list[Tensor], form: Form) -> Tensor:
 )
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: list[int]) -> Tensor:
     """See `Codec.product`; `tensors` are those of `SpQR.runtime`, `form` is `SpQR.form`."""
-    return reference.product(x, starts, tensors, Form(*form))
+    return (cpu if _native(x) else reference).product(x, starts, tensors, Form(*form))
 
 
 @product.register_fake

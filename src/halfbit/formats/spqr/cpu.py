@@ -1,0 +1,107 @@
+"""SpQR on a CPU through the C++ extension: decode, multiply. How it works is told in `spqr.cpp` and `tile.h`.
+
+Import this file only where `halfbit.native.extension` is there. The slow and obvious versions are in `reference.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbit import native
+from halfbit.errors import Unsupported
+from halfbit.formats._order import order_of, put_back
+from halfbit.formats.spqr.reference import Form, Operands
+from halfbit.formats.spqr.tiled import TILE
+
+# what products with many tokens are computed in; torch's float16 product on a CPU is no faster than float32's
+COMPUTED_IN = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+INPUTS = tuple(COMPUTED_IN)
+# tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time;
+# measured by bench/products.py
+TOKENS_TO_DECODE = 48
+WEIGHTS_AT_ONCE = 1 << 21
+
+
+def decode(tensors: list[Tensor], form: Form) -> Tensor:
+    """All matrices, one above another, columns where they belong: float32 `[k * rows, columns]`."""
+    operands = Operands(*tensors)
+    rows, columns, _ = operands.extent.shape
+    matrices = []
+    for g in range(operands.codes.shape[0]):
+        stored = torch.empty(columns, rows)
+        _decode(tensors, form, g, 0, -(-rows // TILE), stored)
+        matrices.append(put_back(stored.T.contiguous(), order_of(operands.order, g)))
+    return torch.cat(matrices)
+
+
+def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
+    """See `Codec.product`: straight from the codes where a matrix has few tokens, else some decoded rows at a time."""
+    if x.dtype not in INPUTS or x.ndim != 2 or x.device.type != "cpu":
+        raise Unsupported(
+            f"spqr/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    operands, counts = Operands(*tensors), starts.diff()
+    many = counts >= TOKENS_TO_DECODE
+    if not many.any():
+        return _few(x, starts, tensors, form).to(x.dtype)
+    y = x.new_empty(x.shape[0], operands.extent.shape[0])
+    if not many.all():
+        # the groups with many tokens have none here
+        few = torch.where(many, 0, counts)
+        rows = torch.arange(x.shape[0])[~many.repeat_interleave(counts)]
+        y[rows] = _few(x[rows], torch.cat([starts[:1], few.cumsum(0)]), tensors, form).to(x.dtype)
+    for g in torch.nonzero(many).flatten().tolist():
+        those = slice(int(starts[g]), int(starts[g + 1]))
+        _many(x[those], g, tensors, form, y[those])
+    return y
+
+
+def _few(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
+    """float32 `[tokens, out]`."""
+    operands = Operands(*tensors)
+    y = torch.empty(x.shape[0], operands.extent.shape[0])
+    inputs = x.detach().to(torch.float32).contiguous()
+    bfloat = operands.second.dtype == torch.bfloat16
+    _extension().spqr_product(inputs, starts, _arrays(tensors), tuple(form), bfloat, y, torch.get_num_threads())
+    return y
+
+
+def _many(x: Tensor, number: int, tensors: list[Tensor], form: Form, y: Tensor) -> None:
+    """All tokens of one matrix, into `y`."""
+    operands = Operands(*tensors)
+    rows, columns, _ = operands.extent.shape
+    order = order_of(operands.order, number)
+    tokens = (x.detach() if order is None else x.detach()[:, order]).to(COMPUTED_IN[x.dtype]).contiguous()
+    step = TILE * max(1, WEIGHTS_AT_ONCE // (TILE * max(columns, 1)))
+    slab = torch.empty(columns, min(step, rows), dtype=tokens.dtype)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        _decode(tensors, form, number, first // TILE, -(-last // TILE), slab)
+        y[:, first:last] = tokens @ slab[:, : last - first]
+
+
+def _decode(tensors: list[Tensor], form: Form, number: int, first: int, last: int, to: Tensor) -> None:
+    """Tiles `first` to `last` of a matrix, columns as stored, into `[columns, rows]`."""
+    to_bfloat = to.dtype == torch.bfloat16
+    place = to if to.dtype == torch.float32 else to.view(torch.uint16)
+    bfloat = tensors[6].dtype == torch.bfloat16
+    arrays = _arrays(tensors), tuple(form), bfloat
+    _extension().spqr_decode(*arrays, number, first, last, place, to_bfloat, torch.get_num_threads())
+
+
+def _arrays(tensors: list[Tensor]) -> tuple[Any, ...]:
+    """The operands as the extension takes them."""
+    t = Operands(*tensors)
+    words = (w.view(torch.uint32) for w in tensors[:6])
+    halves = t.second.view(torch.uint16), t.outlier_values.view(torch.uint16)
+    rows, columns, _ = t.extent.shape
+    outliers = t.outlier_offsets, t.outlier_columns, t.outlier_rows, halves[1]
+    return (*words, halves[0], *outliers, t.order, rows, columns)
+
+
+def _extension() -> Any:
+    if native.extension is None:
+        raise Unsupported(f"spqr/cpu: {native.reason}")
+    return native.extension

@@ -1,0 +1,403 @@
+// SpQR on a CPU: multiply straight from the tiled codes, and decode some rows at a time for products with many tokens.
+//
+// The layout is drawn in README.md: tiles of 16 rows, blocks of 32 columns, so that a vector of 16 lanes reads one word of
+// each row of a tile. `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each
+// kind of instructions, and one is chosen at run time.
+//
+// Nothing outside of the operands is read whatever the bytes say: sizes are compared with the shapes before the work
+// starts, x is padded as far as an outlier's column can reach, and offsets and orders are looked at before they are used.
+
+// GCC 12 takes the undefined sources of unmasked AVX-512 intrinsics in its own headers for mistakes.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+
+#include "extension.h"
+#include "isa.h"
+#include "parallel.h"
+
+#ifdef HALFBIT_X86
+#include <immintrin.h>
+#endif
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using halfbit::Isa;
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------------- 16-bit numbers
+
+inline float of_bits(uint32_t bits) {
+    float a;
+    std::memcpy(&a, &bits, 4);
+    return a;
+}
+
+inline uint32_t bits_of(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, 4);
+    return bits;
+}
+
+inline float float_of(uint16_t a, bool bfloat) {
+    if (bfloat) return of_bits(uint32_t{a} << 16);
+    const uint32_t sign = uint32_t{a} >> 15 << 31, rest = a & 0x7FFF;
+    if (rest >= 0x7C00) return of_bits(sign | 0x7F800000 | rest << 13);
+    // exponents 15 and 127 are 0; the product is exact, also where the result or the number itself is subnormal
+    return of_bits(sign | bits_of(of_bits(rest << 13) * 0x1p112f));
+}
+
+// To nearest, ties to even.
+inline uint16_t half_of(float a) {
+    const uint32_t sign = bits_of(a) >> 31 << 15;
+    const float size = of_bits(bits_of(a) & 0x7FFFFFFF);
+    if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7C00);
+    if (size < 0x1p-14f) {
+        // multiples of 2^-24: adding 0.5 leaves them in the lowest bits, rounded
+        return static_cast<uint16_t>(sign | (bits_of(size + 0.5f) - bits_of(0.5f)));
+    }
+    const uint32_t bits = bits_of(size);
+    return static_cast<uint16_t>(sign | (bits + 0xFFF + (bits >> 13 & 1) - (112u << 23)) >> 13);
+}
+
+inline uint16_t bfloat_of(float a) {
+    const uint32_t bits = bits_of(a);
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// --------------------------------------------------------------------------------------------------------------- operands
+
+// A tiled matrix and, in place of its ragged edge, whole tiles and blocks (`tiled.edge`).
+struct Tiled {
+    const uint32_t *words, *edge;
+    int64_t rows, columns;
+    int bits;
+
+    int64_t whole() const { return columns / 32; }
+    int64_t blocks() const { return (columns + 31) / 32; }
+    int64_t tiles() const { return (rows + 15) / 16; }
+    int64_t word_count() const { return rows * whole() * bits + (rows * (columns % 32) * bits + 31) / 32; }
+    int64_t edge_count() const {
+        return 16 * bits * ((columns % 32 ? tiles() : 0) + (rows % 16 ? whole() : 0));
+    }
+
+    const uint32_t *block(int64_t tile, int64_t block) const {
+        if (block >= whole()) return edge + 16 * bits * tile;
+        if (16 * tile + 16 > rows) return edge + 16 * bits * ((columns % 32 ? tiles() : 0) + block);
+        return words + 16 * bits * (tile * whole() + block);
+    }
+};
+
+// The weights of one block, [32, 16], from its words and the statistics of its groups, [groups, 16].
+using Fill = void (*)(const uint32_t *words, const float *scale, const float *zero, float *weights);
+
+// One matrix of a stack.
+struct Matrix {
+    Tiled codes, scales, zeros;
+    const uint16_t *second;  // [supergroups, groups, per_group]
+    int64_t rows, group, groups, supergroup, per_group;
+    bool bfloat, half;
+    bool has_outliers;
+    const int64_t *outlier_offsets;  // [tiles, chunks] and the end
+    int64_t chunks, outlier_count;
+    const uint8_t *outlier_columns, *outlier_rows;  // of all matrices
+    const uint16_t *outlier_values;
+    Fill fill;
+
+    int64_t outlier_begin(int64_t tile, int64_t chunk) const { return outlier_offsets[tile * chunks + chunk]; }
+    int64_t outlier_row(int64_t at) const { return outlier_rows[at / 2] >> 4 * (at % 2) & 15; }
+
+    // Where the blocks of 32 groups end: 32 groups are `group` blocks.
+    int64_t stretch_end(int64_t stretch) const {
+        return group >= codes.columns ? codes.blocks() : std::min(codes.blocks(), (stretch + 1) * group);
+    }
+};
+
+using Many = void (*)(const Matrix &, int64_t tile, const float *x, float *y);
+
+// What one kind of instructions offers: products with one token and weights of a block, both null for forms that they are
+// not made for; products with several tokens, by rising number; a tile's weights into [columns, step].
+struct Kernels {
+    Fill fill;
+    void (*one)(const Matrix &, int64_t tile, const float *x, const float *sums, float *y);
+    std::vector<std::pair<int64_t, Many>> many;
+    void (*decode)(const Matrix &, int64_t tile, void *to, int64_t step, int type);
+};
+
+#define HALFBIT_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define HALFBIT_TARGET_END HALFBIT_PRAGMA(clang attribute pop)
+#else
+#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(GCC push_options) HALFBIT_PRAGMA(GCC target(names))
+#define HALFBIT_TARGET_END HALFBIT_PRAGMA(GCC pop_options)
+#endif
+
+namespace portable {
+#define HALFBIT_LANES 0
+#include "lanes.h"
+#include "tile.h"
+#undef HALFBIT_LANES
+}  // namespace portable
+
+#ifdef HALFBIT_X86
+// every CPU with AVX2 has F16C
+HALFBIT_TARGET("avx2,fma,f16c")
+namespace avx2 {
+#define HALFBIT_LANES 256
+#include "lanes.h"
+#include "tile.h"
+#undef HALFBIT_LANES
+}  // namespace avx2
+HALFBIT_TARGET_END
+
+HALFBIT_TARGET("avx512f,avx2,fma,f16c")
+namespace avx512 {
+#define HALFBIT_LANES 512
+#include "lanes.h"
+#include "tile.h"
+#undef HALFBIT_LANES
+}  // namespace avx512
+HALFBIT_TARGET_END
+#endif
+
+Kernels kernels(Isa isa, int bits, int64_t segment) {
+#ifdef HALFBIT_X86
+    if (isa == Isa::avx512) return avx512::kernels(bits, segment);
+    if (isa == Isa::avx2) return avx2::kernels(bits, segment);
+#endif
+    static_cast<void>(isa);
+    return portable::kernels(bits, segment);
+}
+
+template <class T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Words = Array<const uint32_t, 2>;
+
+// The fields of `reference.Operands` and `reference.Form`.
+struct Stack {
+    Words codes, codes_edge, scales, scales_edge, zeros, zeros_edge;
+    Array<const uint16_t, 4> second;
+    Array<const int64_t, 1> offsets;
+    Array<const uint8_t, 1> columns, rows;
+    Array<const uint16_t, 1> values;
+    Array<const int64_t, 2> order;
+    int64_t out, in;
+    std::array<int64_t, 6> form;
+    bool bfloat;
+
+    int64_t count() const { return static_cast<int64_t>(codes.shape(0)); }
+    int64_t width() const { return (in + 255) / 256 * 256; }  // as far as an outlier's column can reach
+
+    // Columns of a block that share statistics, where the kernels are made for that, else 0.
+    int64_t segment() const {
+        const int64_t group = form[1];
+        if (form[5]) return 0;
+        return group == 8 || group == 16 ? group : group % 32 == 0 || group >= in ? 32 : 0;
+    }
+
+    Matrix matrix(int64_t number, Fill fill = nullptr) const {
+        const auto [bits, group, scale_bits, zero_bits, supergroup, half] = form;
+        Matrix m{};
+        m.rows = out, m.fill = fill;
+        m.group = group ? group : std::numeric_limits<int64_t>::max() / 64;
+        m.groups = group ? std::max<int64_t>(1, (in + group - 1) / group) : 1;
+        m.codes = tiled(codes, codes_edge, number, in, bits);
+        m.scales = tiled(scales, scales_edge, number, m.groups, scale_bits);
+        m.zeros = tiled(zeros, zeros_edge, number, m.groups, zero_bits);
+        m.supergroup = supergroup;
+        m.per_group = 2 * ((scale_bits != 16) + (zero_bits != 16));
+        m.second = second.data() + number * static_cast<int64_t>(second.shape(1)) * m.groups * m.per_group;
+        m.bfloat = bfloat, m.half = half;
+        m.chunks = (in + 255) / 256;
+        m.has_outliers = offsets.shape(0) > 1;
+        m.outlier_offsets = offsets.data() + number * m.codes.tiles() * m.chunks;
+        m.outlier_count = static_cast<int64_t>(values.shape(0));
+        m.outlier_columns = columns.data(), m.outlier_rows = rows.data(), m.outlier_values = values.data();
+        return m;
+    }
+
+    Tiled tiled(const Words &words, const Words &edge, int64_t number, int64_t width, int64_t bits) const {
+        return {words.data() + number * static_cast<int64_t>(words.shape(1)),
+                edge.data() + number * static_cast<int64_t>(edge.shape(1)), out, width, static_cast<int>(bits)};
+    }
+
+    // Everything that is read through, but the order; std::invalid_argument, a ValueError in Python.
+    void check() const {
+        const auto [bits, group, scale_bits, zero_bits, supergroup, half] = form;
+        const auto allowed = [](int64_t b) { return (2 <= b && b <= 8) || b == 16; };
+        if (!allowed(bits) || bits == 16 || !allowed(scale_bits) || !allowed(zero_bits) || group < 0 || supergroup < 1)
+            throw std::invalid_argument("this is no form of SpQR");
+        const Matrix m = matrix(0);
+        const auto fits = [&](const Words &words, const Words &edge, const Tiled &tiled) {
+            return words.shape(0) == codes.shape(0) && edge.shape(0) == codes.shape(0) &&
+                   static_cast<int64_t>(words.shape(1)) == tiled.word_count() &&
+                   static_cast<int64_t>(edge.shape(1)) == tiled.edge_count();
+        };
+        const auto is = [](size_t size, int64_t expected) { return static_cast<int64_t>(size) == expected; };
+        const int64_t outliers = static_cast<int64_t>(values.shape(0)), places = count() * m.codes.tiles() * m.chunks;
+        if (!fits(codes, codes_edge, m.codes) || !fits(scales, scales_edge, m.scales) || !fits(zeros, zeros_edge, m.zeros) ||
+            !is(second.shape(0), count()) || !is(second.shape(1), (out + supergroup - 1) / supergroup) ||
+            !is(second.shape(2), m.groups) || !is(second.shape(3), m.per_group) ||
+            !(is(offsets.shape(0), places + 1) || is(offsets.shape(0), 1)) || !is(columns.shape(0), outliers) ||
+            !is(rows.shape(0), (outliers + 1) / 2) || !is(order.shape(1), in) ||
+            !(order.shape(0) <= 1 || order.shape(0) == codes.shape(0)))
+            throw std::invalid_argument("the operands do not fit together");
+        const int64_t *offset = offsets.data();
+        if (offset[0] != 0 || offset[offsets.shape(0) - 1] != outliers ||
+            !std::is_sorted(offset, offset + offsets.shape(0)))
+            throw std::invalid_argument("outlier offsets must rise from 0 to the number of outliers");
+    }
+};
+
+Stack stack(const nb::tuple &t, const std::array<int64_t, 6> &form, bool bfloat) {
+    const auto get = [&](int i, auto &to) { to = nb::cast<std::decay_t<decltype(to)>>(t[i]); };
+    Stack s{};
+    get(0, s.codes), get(1, s.codes_edge), get(2, s.scales), get(3, s.scales_edge), get(4, s.zeros), get(5, s.zeros_edge);
+    get(6, s.second), get(7, s.offsets), get(8, s.columns), get(9, s.rows), get(10, s.values), get(11, s.order);
+    get(12, s.out), get(13, s.in);
+    s.form = form, s.bfloat = bfloat;
+    return s;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- product
+
+struct Free {
+    void operator()(float *p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats floats(int64_t count) {
+    return Floats(static_cast<float *>(::operator new[](sizeof(float) * std::max<int64_t>(count, 1), std::align_val_t{64})));
+}
+
+// Tokens that go through a matrix together.
+struct Pass {
+    int64_t number, first, tokens, lanes;
+    Many many;    // null: one token, by the kernel made for that
+    Floats x;     // [width, lanes], columns in the stored order, zeros where there is no column or no token
+    Floats sums;  // of segments, for the kernel of one token
+};
+
+constexpr int64_t tiles_at_once = 4;    // that a thread takes
+constexpr int64_t tiny_work = 1 << 18;  // weights times passes that are worth a thread
+
+void pack(Pass &pass, const Stack &s, const float *x, int64_t segment) {
+    const int64_t lanes = pass.lanes, width = s.width(), in = s.in;
+    const int64_t orders = static_cast<int64_t>(s.order.shape(0));
+    const int64_t *order = orders ? s.order.data() + (orders > 1 ? pass.number * in : 0) : nullptr;
+    pass.x = floats(width * lanes);
+    std::fill(&pass.x[in * lanes], &pass.x[width * lanes], 0.0f);
+    for (int64_t c = 0; c < in; ++c) {
+        const int64_t from = order ? order[c] : c;
+        if (from < 0 || from >= in) throw std::invalid_argument("the order names columns that are not there");
+        for (int64_t t = 0; t < lanes; ++t)
+            pass.x[c * lanes + t] = t < pass.tokens ? x[(pass.first + t) * in + from] : 0.0f;
+    }
+    if (pass.many) return;
+    pass.sums = floats(width / segment);
+    for (int64_t i = 0; i < width / segment; ++i) {
+        float sum = 0;
+        for (int64_t c = 0; c < segment; ++c) sum += pass.x[i * segment + c];
+        pass.sums[i] = sum;
+    }
+}
+
+void product(Array<const float, 2> x, Array<const int64_t, 1> starts, nb::tuple operands, std::array<int64_t, 6> form,
+             bool bfloat, Array<float, 2> y, int threads) {
+    const Stack s = stack(operands, form, bfloat);
+    const nb::gil_scoped_release release;
+    s.check();
+    const int64_t tokens = x.shape(0), groups = static_cast<int64_t>(starts.shape(0)) - 1;
+    const int64_t *start = starts.data();
+    if (groups != s.count() || start[0] != 0 || start[groups] != tokens || !std::is_sorted(start, start + groups + 1))
+        throw std::invalid_argument("starts must rise from 0 to the number of tokens, one group for each matrix");
+    if (static_cast<int64_t>(x.shape(1)) != s.in || static_cast<int64_t>(y.shape(0)) != tokens ||
+        static_cast<int64_t>(y.shape(1)) != s.out)
+        throw std::invalid_argument("x and y do not fit the matrices");
+
+    const int64_t segment = s.segment();
+    const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), segment);
+    std::vector<Pass> passes;
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t first = start[g]; first < start[g + 1];) {
+            const int64_t left = start[g + 1] - first;
+            auto fitting = available.many.begin();
+            while (fitting->first < left && fitting + 1 != available.many.end()) ++fitting;
+            const int64_t taken = std::min(left, fitting->first);
+            const bool alone = taken == 1 && available.one;
+            passes.push_back({g, first, taken, fitting->first, alone ? nullptr : fitting->second, nullptr, nullptr});
+            first += taken;
+        }
+    }
+    const int64_t work = static_cast<int64_t>(passes.size()) * s.out * s.in;
+    threads = static_cast<int>(std::clamp<int64_t>(work / tiny_work, 1, std::max(threads, 1)));
+    halfbit::parallel(threads, passes.size(), [&](int64_t i) { pack(passes[i], s, x.data(), segment); });
+
+    const int64_t tiles = (s.out + 15) / 16, items = (tiles + tiles_at_once - 1) / tiles_at_once;
+    halfbit::parallel(threads, static_cast<int64_t>(passes.size()) * items, [&](int64_t i) {
+        const Pass &pass = passes[i / items];
+        const Matrix m = s.matrix(pass.number, available.fill);
+        alignas(64) float sum[16 * 16];
+        const int64_t first = i % items * tiles_at_once;
+        for (int64_t tile = first; tile < std::min(first + tiles_at_once, tiles); ++tile) {
+            if (pass.many) pass.many(m, tile, pass.x.get(), sum);
+            else available.one(m, tile, pass.x.get(), pass.sums.get(), sum);
+            const int64_t height = std::min<int64_t>(16, s.out - 16 * tile);
+            for (int64_t t = 0; t < pass.tokens; ++t)
+                std::memcpy(y.data() + (pass.first + t) * s.out + 16 * tile, sum + 16 * t, 4 * height);
+        }
+    });
+}
+
+// ----------------------------------------------------------------------------------------------------------------- decode
+
+// Rows `16 * first` to `16 * last` of one matrix, in the stored order of columns, to [columns, step].
+template <class T>
+void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_t number, int64_t first, int64_t last,
+            Array<T, 2> to, bool to_bfloat, int threads) {
+    const Stack s = stack(operands, form, bfloat);
+    const nb::gil_scoped_release release;
+    s.check();
+    const int64_t tiles = (s.out + 15) / 16, step = to.shape(1);
+    if (number < 0 || number >= s.count() || first < 0 || first > last || last > tiles ||
+        static_cast<int64_t>(to.shape(0)) != s.in || step < std::min(16 * last, s.out) - 16 * first)
+        throw std::invalid_argument("the rows and their place do not fit together");
+    const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), s.segment());
+    const Matrix m = s.matrix(number, available.fill);
+    const int type = sizeof(T) == 4 ? 0 : to_bfloat ? 1 : 2;
+    threads = static_cast<int>(std::clamp<int64_t>((last - first) * 16 * s.in / tiny_work, 1, std::max(threads, 1)));
+    halfbit::parallel(threads, last - first, [&](int64_t i) {
+        available.decode(m, first + i, to.data() + 16 * i, step, type);
+    });
+}
+
+}  // namespace
+
+HALFBIT_BINDINGS(spqr) {
+    m.def("spqr_product", product, "x"_a.noconvert(), "starts"_a.noconvert(), "operands"_a, "form"_a, "bfloat"_a,
+          "y"_a.noconvert(), "threads"_a,
+          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]");
+    m.def("spqr_decode", decode<float>, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a,
+          "to"_a.noconvert(), "to_bfloat"_a, "threads"_a);
+    m.def("spqr_decode", decode<uint16_t>, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a,
+          "to"_a.noconvert(), "to_bfloat"_a, "threads"_a,
+          "Tiles first to last of a matrix, columns as stored -> into [columns, rows], float32 or uint16: bfloat16, float16");
+}

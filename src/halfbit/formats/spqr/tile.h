@@ -1,0 +1,366 @@
+// What is done with one tile of 16 rows, in the lanes of `lanes.h`. Included after it, once for each kind of lanes.
+//
+// A tile is walked in stretches of 32 groups, whose statistics are made first and stay in the first-level cache: a block of
+// the tiled scales is 32 groups, as a block of the codes is 32 columns. Two kernels share this:
+//
+//   one token:    sum of code * x per group, then scale * sum - (scale * zero) * sum of x: three instructions per column
+//                 and 16 rows. Codes and zeros are taken less the middle code, which keeps the two terms small. An outlier,
+//                 whose code is 0, adds (value + scale * zero) * x.
+//   any tokens:   a block's weights are made and put into the cache, outliers replaced, then multiplied with each token.
+
+#if HALFBIT_LANES == 0
+
+// A block's 32 fields as numbers, [32, 16]: lane by lane, as README.md draws them.
+template <int B>
+void unpack(const uint32_t *from, float *to, bool bfloat) {
+    constexpr int each = 32 / B, spare = 32 - each * B;
+    constexpr uint32_t mask = (1u << B) - 1;
+    for (int lane = 0; lane < 16; ++lane) {
+        uint64_t string = 0;
+        for (int i = 0; i < B; ++i) {
+            const uint32_t word = from[16 * i + lane];
+            for (int k = 0; k < each; ++k) {
+                const uint32_t number = word >> B * k & mask;
+                const float value = B == 16 ? float_of(static_cast<uint16_t>(number), bfloat) : static_cast<float>(number);
+                to[16 * (each * i + k) + lane] = value;
+            }
+            if (spare) string |= static_cast<uint64_t>(word >> (each * B) % 32) << spare * i;
+        }
+        for (int k = 0; k < spare; ++k) to[16 * (each * B + k) + lane] = static_cast<float>(string >> B * k & mask);
+    }
+}
+
+#else
+
+constexpr uint32_t repeated(int bits, int count, uint32_t field) {
+    uint32_t all_fields = 0;
+    for (int i = 0; i < count; ++i) all_fields |= field << bits * i;
+    return all_fields;
+}
+
+// Field I of the B words of a lane; `string` has the fields that lie across the tops of the words. Centered: less 2^(B-1),
+// of words that `read` has made ready for that.
+template <int B, int I, bool Centered>
+[[gnu::always_inline]] inline F field(const W (&w)[B], W string) {
+    constexpr int each = 32 / B;
+    constexpr bool across = I >= each * B;
+    constexpr int from = B * (across ? I - each * B : I % each);
+    const W a = across ? string : w[across ? 0 : I / each];
+    if constexpr (B <= table_bits)
+        return by_table<B, Centered ? 1 << (B - 1) : 0>(right<from>(a));
+    else if constexpr (Centered)
+        return from_int(right_signed<32 - B>(left<32 - B - from>(a)));
+    else
+        return from_int(lowest(right<from>(a), (1u << B) - 1));
+}
+
+template <int B, int... N>
+[[gnu::always_inline]] inline W tops(const W (&w)[B], std::integer_sequence<int, N...>) {
+    constexpr int each = 32 / B, spare = 32 - each * B;
+    W string = right<each * B>(w[0]);
+    ((string = either(string, left<spare *(N + 1)>(right<each * B>(w[N + 1])))), ...);
+    return string;
+}
+
+// The words of a block; returns the string of fields across their tops.
+template <int B, bool Centered>
+[[gnu::always_inline]] inline W read(const uint32_t *from, W (&w)[B]) {
+    constexpr int each = 32 / B, spare = 32 - each * B;
+    for (int i = 0; i < B; ++i) w[i] = words(from + 16 * i);
+    W string = w[0];
+    if constexpr (spare) string = tops<B>(w, std::make_integer_sequence<int, B - 1>());
+    if constexpr (Centered && B > table_bits) {
+        // with its top bit turned, a field is the centered number in two's complement
+        for (int i = 0; i < B; ++i) w[i] = differ(w[i], repeated(B, each, 1u << (B - 1)));
+        if constexpr (spare) string = differ(string, repeated(B, spare, 1u << (B - 1)));
+    }
+    return string;
+}
+
+// A block's 32 fields as numbers, [32, 16].
+template <int B, int... I>
+[[gnu::always_inline]] inline void unpack_fields(const uint32_t *from, float *to, std::integer_sequence<int, I...>) {
+    W w[B];
+    const W string = read<B, false>(from, w);
+    (store(to + 16 * I, field<B, I, false>(w, string)), ...);
+}
+
+template <int B>
+void unpack(const uint32_t *from, float *to, bool bfloat) {
+    if constexpr (B == 16) {
+        for (int i = 0; i < 16; ++i) {
+            const W w = words(from + 16 * i);
+            store(to + 32 * i, widen(w, bfloat)), store(to + 32 * i + 16, widen(right<16>(w), bfloat));
+        }
+    } else {
+        unpack_fields<B>(from, to, std::make_integer_sequence<int, 32>());
+    }
+}
+
+#endif
+
+using Unpack = void (*)(const uint32_t *, float *, bool);
+
+inline Unpack unpacker(int bits) {
+    constexpr Unpack all_bits[] = {unpack<2>, unpack<3>, unpack<4>, unpack<5>, unpack<6>, unpack<7>, unpack<8>};
+    return bits == 16 ? unpack<16> : all_bits[bits - 2];
+}
+
+// Scales and zeros of 32 groups from `32 * stretch`, [32, 16] each.
+inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, float *scale, float *zero) {
+    unpacker(m.scales.bits)(m.scales.block(tile, stretch), scale, m.bfloat);
+    unpacker(m.zeros.bits)(m.zeros.block(tile, stretch), zero, m.bfloat);
+    const int64_t first = 32 * stretch, count = std::min<int64_t>(32, m.groups - first);
+    const int64_t top = 16 * tile / m.supergroup, bottom = std::min(16 * tile + 15, m.rows - 1) / m.supergroup;
+    alignas(64) float wide[32 * 4 + 16];
+    int at = 0;
+    for (float *to : {scale, zero}) {
+        if ((to == scale ? m.scales.bits : m.zeros.bits) == 16) continue;
+        if (top == bottom) {
+            const uint16_t *second = m.second + (top * m.groups + first) * m.per_group;
+            if (at == 0) {
+                int64_t i = 0;
+                for (; i + 16 <= count * m.per_group; i += 16) store(wide + i, widen(second + i, m.bfloat));
+                for (; i < count * m.per_group; ++i) wide[i] = float_of(second[i], m.bfloat);
+            }
+            for (int64_t g = 0; g < count; ++g) {
+                const F step = all(wide[g * m.per_group + at]), start = all(wide[g * m.per_group + at + 1]);
+                const F code = load(to + 16 * g);
+                store(to + 16 * g, m.half ? round_to_half(mul(step, round_to_half(sub(code, start))))
+                                          : mul(step, sub(code, start)));
+            }
+        } else {
+            // supergroups end within the tile: each row has its own
+            for (int64_t g = 0; g < count; ++g) {
+                alignas(64) float step[16], start[16];
+                for (int64_t lane = 0; lane < 16; ++lane) {
+                    const int64_t row = std::min(16 * tile + lane, m.rows - 1);
+                    const uint16_t *second = m.second + (row / m.supergroup * m.groups + first + g) * m.per_group + at;
+                    step[lane] = float_of(second[0], m.bfloat), start[lane] = float_of(second[1], m.bfloat);
+                }
+                const F difference = sub(load(to + 16 * g), load(start));
+                store(to + 16 * g, m.half ? round_to_half(mul(load(step), round_to_half(difference)))
+                                          : mul(load(step), difference));
+            }
+        }
+        at += 2;
+    }
+}
+
+#if HALFBIT_LANES
+
+// The weights of a block, [32, 16], in groups of S = 8 or 16 columns, or all in one.
+template <int B, int S, int... I>
+[[gnu::always_inline]] inline void fill_fields(const uint32_t *from, const float *scale, const float *zero, float *to,
+                                               std::integer_sequence<int, I...>) {
+    W w[B];
+    const W string = read<B, false>(from, w);
+    (store(to + 16 * I, mul(load(scale + 16 * (I / S)), sub(field<B, I, false>(w, string), load(zero + 16 * (I / S))))), ...);
+}
+
+template <int B, int S>
+void fill(const uint32_t *from, const float *scale, const float *zero, float *to) {
+    fill_fields<B, S>(from, scale, zero, to, std::make_integer_sequence<int, 32>());
+}
+
+#endif
+
+// The weights of a block for any groups and roundings.
+inline void fill_any(const Matrix &m, int64_t tile, int64_t block, int64_t stretch, const float *scale, const float *zero,
+                     float *w) {
+    unpacker(m.codes.bits)(m.codes.block(tile, block), w, false);
+    const int64_t first = 32 * block, end = std::min(first + 32, m.codes.columns);
+    for (int64_t column = first; column < end;) {
+        const int64_t group = column / m.group, stop = std::min((group + 1) * m.group, end);
+        const F s = load(scale + 16 * (group - 32 * stretch)), z = load(zero + 16 * (group - 32 * stretch));
+        for (; column < stop; ++column) {
+            float *at = w + 16 * (column - first);
+            store(at, m.half ? round_to_half(mul(s, round_to_half(sub(load(at), z)))) : mul(s, sub(load(at), z)));
+        }
+    }
+}
+
+// The weights of one block, [32, 16]; `outlier` is where the tile's outliers from this block on begin, and is moved on.
+inline void block_weights(const Matrix &m, int64_t tile, int64_t block, int64_t stretch, const float *scale,
+                          const float *zero, int64_t &outlier, float *w) {
+    if (m.fill) {
+        const int64_t group = 16 * (32 * block / m.group - 32 * stretch);
+        m.fill(m.codes.block(tile, block), scale + group, zero + group, w);
+    } else {
+        fill_any(m, tile, block, stretch, scale, zero, w);
+    }
+    const int64_t first = 32 * block, end = std::min(first + 32, m.codes.columns);
+    std::fill(w + 16 * (end - first), w + 16 * 32, 0.0f);
+    const int64_t chunk = block / 8;
+    if (!m.has_outliers) return;
+    if (block % 8 == 0) outlier = m.outlier_begin(tile, chunk);
+    for (const int64_t last = m.outlier_begin(tile, chunk + 1); outlier < last; ++outlier) {
+        const int64_t column = m.outlier_columns[outlier] - 32 * (block % 8);
+        if (column >= 32) break;
+        // damaged bytes may be out of order; a column behind this block is left out
+        if (column >= 0) w[16 * column + m.outlier_row(outlier)] = float_of(m.outlier_values[outlier], m.bfloat);
+    }
+}
+
+// Walks the tile's blocks: `use(block, weights [32, 16])`.
+template <class Use>
+[[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, const Use &use) {
+    alignas(64) float scale[512], zero[512], w[512];
+    int64_t outlier = 0;
+    for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
+        statistics(m, tile, stretch, scale, zero);
+        for (const int64_t stop = m.stretch_end(stretch); block < stop; ++block) {
+            block_weights(m, tile, block, stretch, scale, zero, outlier, w);
+            use(block, w);
+        }
+    }
+}
+
+// One tile times T tokens: x [columns, T], padded with zeros to whole blocks; y [T, 16].
+template <int T>
+void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
+    F sum[T];
+    for (int t = 0; t < T; ++t) sum[t] = all(0.0f), store(y + 16 * t, sum[t]);
+    const auto flush = [&] {
+        for (int t = 0; t < T; ++t) store(y + 16 * t, add(load(y + 16 * t), sum[t])), sum[t] = all(0.0f);
+    };
+    walk(m, tile, [&](int64_t block, const float *w) {
+        const float *of_block = x + 32 * T * block;
+        for (int c = 0; c < 32; ++c) {
+            const F weight = load(w + 16 * c);
+            for (int t = 0; t < T; ++t) sum[t] = fma(weight, all(of_block[T * c + t]), sum[t]);
+        }
+        // sums of 64 columns, then the sum of those: less rounding than one long sum
+        if (block % 2) flush();
+    });
+    flush();
+}
+
+// One tile's weights, the columns one after another: to [columns, step], 16 rows of which are this tile's.
+enum class To { floats, bfloats, halves };
+
+inline void tile_decode(const Matrix &m, int64_t tile, void *to, int64_t step, To type) {
+    const int64_t height = std::min<int64_t>(16, m.rows - 16 * tile);
+    walk(m, tile, [&](int64_t block, const float *w) {
+        const int64_t end = std::min<int64_t>(32, m.codes.columns - 32 * block);
+        for (int64_t c = 0; c < end; ++c) {
+            const int64_t at = (32 * block + c) * step;
+            if (type == To::floats) {
+                float *out = static_cast<float *>(to) + at;
+                if (height == 16) store(out, load(w + 16 * c));
+                else std::memcpy(out, w + 16 * c, 4 * height);
+            } else {
+                uint16_t *out = static_cast<uint16_t *>(to) + at, part[16];
+                narrow(height == 16 ? out : part, load(w + 16 * c), type == To::bfloats);
+                if (height < 16) std::memcpy(out, part, 2 * height);
+            }
+        }
+    });
+}
+
+#if HALFBIT_LANES
+
+// `S` columns from `32 / S * segment` of a block, times x.
+template <int B, int First, int... I>
+[[gnu::always_inline]] inline F segment_sum(const W (&w)[B], W string, const float *x, std::integer_sequence<int, I...>) {
+    F even = all(0.0f), odd = all(0.0f);
+    ((I % 2 ? odd = fma(field<B, First + I, true>(w, string), all(x[First + I]), odd)
+            : even = fma(field<B, First + I, true>(w, string), all(x[First + I]), even)), ...);
+    return add(even, odd);
+}
+
+template <int B, int S, int... N>
+[[gnu::always_inline]] inline void block_sums(const W (&w)[B], W string, const float *x, const float *sums,
+                                              const float *scale, const float *shift, F &y, F &less,
+                                              std::integer_sequence<int, N...>) {
+    ((y = fma(load(scale + 16 * N), segment_sum<B, S * N>(w, string, x, std::make_integer_sequence<int, S>()), y),
+      less = fma(load(shift + 16 * N), all(sums[N]), less)), ...);
+}
+
+// One tile times one token, for groups of S = 8 or 16 columns, or of a multiple of S = 32.
+// x is padded with zeros to whole chunks of 256; sums are those of S columns each; y [16].
+template <int B, int S>
+void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, float *y) {
+    constexpr float center = 1 << (B - 1);
+    alignas(64) float scale[512], shift[512], apart[16] = {};
+    F total = all(0.0f);
+    for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
+        statistics(m, tile, stretch, scale, shift);
+        const int64_t first = block, stop = m.stretch_end(stretch);
+        const int64_t groups = std::min<int64_t>(32, m.groups - 32 * stretch);
+        for (int64_t g = 0; g < groups; ++g)
+            store(shift + 16 * g, mul(load(scale + 16 * g), sub(load(shift + 16 * g), all(center))));
+        // a segment beyond the last column has no statistics: its x is 0, but 0 * NaN is not
+        std::fill(scale + 16 * groups, scale + 512, 0.0f), std::fill(shift + 16 * groups, shift + 512, 0.0f);
+        F sum = all(0.0f), less = all(0.0f);
+        for (; block < stop; ++block) {
+            W w[B];
+            const W string = read<B, true>(m.codes.block(tile, block), w);
+            const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
+            block_sums<B, S>(w, string, x + 32 * block, sums + 32 / S * block, scale + group, shift + group, sum, less,
+                             std::make_integer_sequence<int, 32 / S>());
+        }
+        total = add(total, sub(sum, less));
+        if (!m.has_outliers) continue;
+        for (int64_t g = 0; g < groups; ++g)
+            store(scale + 16 * g, fma(load(scale + 16 * g), all(-center), sub(all(0.0f), load(shift + 16 * g))));
+        for (int64_t chunk = first / 8; chunk < (stop + 7) / 8; ++chunk) {
+            int64_t at = m.outlier_begin(tile, chunk);
+            const int64_t end = m.outlier_begin(tile, chunk + 1);
+            const float *of_chunk = x + 256 * chunk;
+            // `scale` holds the values of code 0 now
+            const auto add_one = [&](int64_t i, int64_t row, float value) __attribute__((always_inline)) {
+                const int64_t column = m.outlier_columns[i];
+                const int64_t group =
+                    S < 32 ? (256 * (chunk - first / 8) + column) / S : (256 * chunk + column) / m.group - 32 * stretch;
+                apart[row] += (value - scale[16 * group + row]) * of_chunk[column];
+            };
+            for (; at + 16 <= end && at + 18 <= m.outlier_count; at += 16) {
+                // 16 rows from a byte that may begin with another's
+                alignas(64) float value[16];
+                uint64_t rows;
+                std::memcpy(&rows, m.outlier_rows + at / 2, 8);
+                if (at % 2) rows = rows >> 4 | uint64_t{m.outlier_rows[at / 2 + 8]} << 60;
+                store(value, widen(m.outlier_values + at, m.bfloat));
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) add_one(at + i, rows >> 4 * i & 15, value[i]);
+            }
+            for (; at < end; ++at) add_one(at, m.outlier_row(at), float_of(m.outlier_values[at], m.bfloat));
+        }
+    }
+    store(y, add(total, load(apart)));
+}
+
+using One = void (*)(const Matrix &, int64_t, const float *, const float *, float *);
+
+template <int S>
+One one_of(int bits) {
+    constexpr One all_bits[] = {tile_one<2, S>, tile_one<3, S>, tile_one<4, S>, tile_one<5, S>,
+                                tile_one<6, S>, tile_one<7, S>, tile_one<8, S>};
+    return all_bits[bits - 2];
+}
+
+template <int S>
+Fill fill_of(int bits) {
+    constexpr Fill all_bits[] = {fill<2, S>, fill<3, S>, fill<4, S>, fill<5, S>, fill<6, S>, fill<7, S>, fill<8, S>};
+    return all_bits[bits - 2];
+}
+
+#endif
+
+inline Kernels kernels([[maybe_unused]] int bits, [[maybe_unused]] int64_t segment) {
+    Kernels k{};
+#if HALFBIT_LANES
+    k.fill = segment == 8 ? fill_of<8>(bits) : segment == 16 ? fill_of<16>(bits) : segment == 32 ? fill_of<32>(bits) : nullptr;
+    k.one = segment == 8 ? one_of<8>(bits) : segment == 16 ? one_of<16>(bits) : segment == 32 ? one_of<32>(bits) : nullptr;
+#endif
+    k.decode = [](const Matrix &m, int64_t tile, void *to, int64_t step, int type) {
+        tile_decode(m, tile, to, step, static_cast<To>(type));
+    };
+#if HALFBIT_LANES == 512
+    k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}, {16, tile_product<16>}};
+#else
+    k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}};
+#endif
+    return k;
+}
