@@ -3,6 +3,7 @@
 Import this file only where `halfbit.native.extension` is there. The slow and obvious versions are in `reference.py`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from halfbit.formats._order import order_of, put_back
 from halfbit.formats.spqr.reference import Form, Operands
 from halfbit.formats.spqr.tiled import TILE
 
-# what products with many tokens are computed in; torch's float16 product on a CPU is no faster than float32's
-COMPUTED_IN = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
-INPUTS = tuple(COMPUTED_IN)
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 # tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time;
 # measured by bench/products.py
-TOKENS_TO_DECODE = 48
+TOKENS_TO_DECODE = 32
 WEIGHTS_AT_ONCE = 1 << 21
 
 
@@ -73,13 +72,22 @@ def _many(x: Tensor, number: int, tensors: list[Tensor], form: Form, y: Tensor) 
     operands = Operands(*tensors)
     rows, columns, _ = operands.extent.shape
     order = order_of(operands.order, number)
-    tokens = (x.detach() if order is None else x.detach()[:, order]).to(COMPUTED_IN[x.dtype]).contiguous()
+    tokens = (x.detach() if order is None else x.detach()[:, order]).to(_computed_in(x.dtype)).contiguous()
     step = TILE * max(1, WEIGHTS_AT_ONCE // (TILE * max(columns, 1)))
-    slab = torch.empty(columns, min(step, rows), dtype=tokens.dtype)
+    # one cache line wider: columns a power of two apart would share a few places of the cache
+    slab = torch.empty(columns, min(step, rows) + TILE, dtype=tokens.dtype)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         _decode(tensors, form, number, first // TILE, -(-last // TILE), slab)
         y[:, first:last] = tokens @ slab[:, : last - first]
+
+
+@cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What a product with decoded weights is computed in: float16 is nowhere faster than float32, and bfloat16 several
+    times slower where the CPU has no instructions for it."""
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return dtype if dtype == torch.bfloat16 and fast else torch.float32
 
 
 def _decode(tensors: list[Tensor], form: Form, number: int, first: int, last: int, to: Tensor) -> None:

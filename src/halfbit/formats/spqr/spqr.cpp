@@ -133,12 +133,12 @@ struct Matrix {
 using Many = void (*)(const Matrix &, int64_t tile, const float *x, float *y);
 
 // What one kind of instructions offers: products with one token and weights of a block, both null for forms that they are
-// not made for; products with several tokens, by rising number; a tile's weights into [columns, step].
+// not made for; products with several tokens, by rising number; the weights of some blocks of a tile into [columns, step].
 struct Kernels {
     Fill fill;
     void (*one)(const Matrix &, int64_t tile, const float *x, const float *sums, float *y);
     std::vector<std::pair<int64_t, Many>> many;
-    void (*decode)(const Matrix &, int64_t tile, void *to, int64_t step, int type);
+    void (*decode)(const Matrix &, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type);
 };
 
 #define HALFBIT_PRAGMA(text) _Pragma(#text)
@@ -384,8 +384,11 @@ void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_
     const Matrix m = s.matrix(number, available.fill);
     const int type = sizeof(T) == 4 ? 0 : to_bfloat ? 1 : 2;
     threads = static_cast<int>(std::clamp<int64_t>((last - first) * 16 * s.in / tiny_work, 1, std::max(threads, 1)));
-    halfbit::parallel(threads, last - first, [&](int64_t i) {
-        available.decode(m, first + i, to.data() + 16 * i, step, type);
+    // 512 columns of all tiles, then the next: a tile alone would write to thousands of pages in turn
+    const int64_t panel = 16, blocks = m.codes.blocks(), height = last - first;
+    halfbit::parallel(threads, (blocks + panel - 1) / panel * height, [&](int64_t i) {
+        const int64_t tile = i % height, block = i / height * panel;
+        available.decode(m, first + tile, block, std::min(block + panel, blocks), to.data() + 16 * tile, step, type);
     });
 }
 

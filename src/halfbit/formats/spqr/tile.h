@@ -202,14 +202,15 @@ inline void block_weights(const Matrix &m, int64_t tile, int64_t block, int64_t 
     }
 }
 
-// Walks the tile's blocks: `use(block, weights [32, 16])`.
+// Walks blocks `first`, a multiple of 8, to `last` of a tile: `use(block, weights [32, 16])`.
 template <class Use>
-[[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, const Use &use) {
+[[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, int64_t first, int64_t last, const Use &use) {
     alignas(64) float scale[512], zero[512], w[512];
     int64_t outlier = 0;
-    for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
+    for (int64_t block = first; block < last;) {
+        const int64_t stretch = block / m.group;
         statistics(m, tile, stretch, scale, zero);
-        for (const int64_t stop = m.stretch_end(stretch); block < stop; ++block) {
+        for (const int64_t stop = std::min(last, m.stretch_end(stretch)); block < stop; ++block) {
             block_weights(m, tile, block, stretch, scale, zero, outlier, w);
             use(block, w);
         }
@@ -224,7 +225,7 @@ void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
     const auto flush = [&] {
         for (int t = 0; t < T; ++t) store(y + 16 * t, add(load(y + 16 * t), sum[t])), sum[t] = all(0.0f);
     };
-    walk(m, tile, [&](int64_t block, const float *w) {
+    walk(m, tile, 0, m.codes.blocks(), [&](int64_t block, const float *w) {
         const float *of_block = x + 32 * T * block;
         for (int c = 0; c < 32; ++c) {
             const F weight = load(w + 16 * c);
@@ -236,12 +237,12 @@ void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
     flush();
 }
 
-// One tile's weights, the columns one after another: to [columns, step], 16 rows of which are this tile's.
+// The weights of some blocks of a tile, the columns one after another: to [columns, step], 16 rows of which are this tile's.
 enum class To { floats, bfloats, halves };
 
-inline void tile_decode(const Matrix &m, int64_t tile, void *to, int64_t step, To type) {
+inline void tile_decode(const Matrix &m, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, To type) {
     const int64_t height = std::min<int64_t>(16, m.rows - 16 * tile);
-    walk(m, tile, [&](int64_t block, const float *w) {
+    walk(m, tile, first, last, [&](int64_t block, const float *w) {
         const int64_t end = std::min<int64_t>(32, m.codes.columns - 32 * block);
         for (int64_t c = 0; c < end; ++c) {
             const int64_t at = (32 * block + c) * step;
@@ -354,8 +355,8 @@ inline Kernels kernels([[maybe_unused]] int bits, [[maybe_unused]] int64_t segme
     k.fill = segment == 8 ? fill_of<8>(bits) : segment == 16 ? fill_of<16>(bits) : segment == 32 ? fill_of<32>(bits) : nullptr;
     k.one = segment == 8 ? one_of<8>(bits) : segment == 16 ? one_of<16>(bits) : segment == 32 ? one_of<32>(bits) : nullptr;
 #endif
-    k.decode = [](const Matrix &m, int64_t tile, void *to, int64_t step, int type) {
-        tile_decode(m, tile, to, step, static_cast<To>(type));
+    k.decode = [](const Matrix &m, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type) {
+        tile_decode(m, tile, first, last, to, step, static_cast<To>(type));
     };
 #if HALFBIT_LANES == 512
     k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}, {16, tile_product<16>}};
