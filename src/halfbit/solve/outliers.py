@@ -59,11 +59,10 @@ def likely_outliers(
     reduction = cost
     for end, inner_low, inner_high in ((low, next_low, high), (high, low, next_high)):
         inside = _cost(w, inner_low, inner_high, importance, largest_code)
+        # where two weights are at this end, the range stays, and both cost nothing in it
         at_end = w == end[..., None]
-        # if two weights are the smallest, the range stays without one of them
-        alone = (inner_low != low) | (inner_high != high)
         without = (whole - inside.masked_fill(at_end, 0).sum(-1))[..., None]
-        reduction = torch.where(at_end & alone[..., None], without, reduction)
+        reduction = torch.where(at_end, without, reduction)
     return reduction > threshold[:, None, None]
 
 
