@@ -250,6 +250,6 @@ def check_product(codec: Codec, solutions: list[Solution], tokens: list[int], dt
         exact = x[those].double() @ w.double().T
         plain = (x[those] @ w.to(dtype).T).double()
         if exact.numel():
-            # the second term is one rounding of the result, for sizes at which torch happens to be exact
-            allowed = 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+            # the second term is two roundings of the result, for sizes at which torch happens to be exact
+            allowed = 2 * (plain - exact).abs().max() + 2 * torch.finfo(dtype).eps * exact.abs().max()
             assert (y[those].double() - exact).abs().max() <= allowed

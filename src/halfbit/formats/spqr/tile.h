@@ -220,21 +220,24 @@ template <class Use>
 // One tile times T tokens: x [columns, T], padded with zeros to whole blocks; y [T, 16].
 template <int T>
 void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
-    F sum[T];
-    for (int t = 0; t < T; ++t) sum[t] = all(0.0f), store(y + 16 * t, sum[t]);
-    const auto flush = [&] {
-        for (int t = 0; t < T; ++t) store(y + 16 * t, add(load(y + 16 * t), sum[t])), sum[t] = all(0.0f);
-    };
+    // several sums per token where there are few: one multiply-add need not wait for the last, and less is rounded away
+    constexpr int sums = T <= 2 ? 4 : T == 4 ? 2 : 1;
+    for (int t = 0; t < T; ++t) store(y + 16 * t, all(0.0f));
     walk(m, tile, 0, m.codes.blocks(), [&](int64_t block, const float *w) {
         const float *of_block = x + 32 * T * block;
-        for (int c = 0; c < 32; ++c) {
-            const F weight = load(w + 16 * c);
-            for (int t = 0; t < T; ++t) sum[t] = fma(weight, all(of_block[T * c + t]), sum[t]);
+        F sum[sums][T];
+        for (int s = 0; s < sums; ++s)
+            for (int t = 0; t < T; ++t) sum[s][t] = all(0.0f);
+        for (int c = 0; c < 32; c += sums)
+            for (int s = 0; s < sums; ++s) {
+                const F weight = load(w + 16 * (c + s));
+                for (int t = 0; t < T; ++t) sum[s][t] = fma(weight, all(of_block[T * (c + s) + t]), sum[s][t]);
+            }
+        for (int t = 0; t < T; ++t) {
+            for (int s = 1; s < sums; ++s) sum[0][t] = add(sum[0][t], sum[s][t]);
+            store(y + 16 * t, add(load(y + 16 * t), sum[0][t]));
         }
-        // sums of 64 columns, then the sum of those: less rounding than one long sum
-        if (block % 2) flush();
     });
-    flush();
 }
 
 // The weights of some blocks of a tile, the columns one after another: to [columns, step], 16 rows of which are this tile's.
