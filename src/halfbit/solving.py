@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from halfbit.errors import RecipeError
@@ -13,8 +14,8 @@ from halfbit.solve.hessian import Repair
 from halfbit.solve.rtn import rtn
 from halfbit.types import Solution
 
-# of the budget's distance to what the grid alone takes; then outliers are counted as they came out
-CLOSE_ENOUGH = 0.002
+# of the bits asked for
+CLOSE_ENOUGH = 0.003
 ATTEMPTS = 3
 
 
@@ -62,19 +63,22 @@ def solve(
     if rule.outliers is not None:
         found = with_share(rule.outliers)
     elif rule.bits is not None:
-        found = _within(rule.bits, with_share, rule, names, order_is_stored)
+        found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, order_is_stored)
     else:
         found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
     return [on_cpu(s) for s in found]
 
 
 def _within(
-    bits: float, with_share: Callable[[float], list[Solution]], rule: Rule, names: list[str], order_is_stored: bool
+    bits: float,
+    with_share: Callable[[float], list[Solution]],
+    shape: tuple[int, int],
+    rule: Rule,
+    names: list[str],
+    order_is_stored: bool,
 ) -> list[Solution]:
     """As many outliers as `bits` per weight leave room for, counted from what the codec stores."""
-    share = 0.0
-    found = with_share(share)
-    used = alone = _bits(found, rule, order_is_stored)
+    alone = _bits([_blank(shape, rule)], rule, order_is_stored)
     if alone > bits * (1 + CLOSE_ENOUGH):
         raise RecipeError(
             f"{names[0]}: the grid alone takes {alone:.3f} bits per weight of the {bits:g} allowed; allow more, or use "
@@ -83,14 +87,20 @@ def _within(
     # 16 bits of value and 12 of place; what it comes to exactly is seen afterwards
     per_outlier = 28.0
     for _ in range(ATTEMPTS):
-        if abs(used - bits) <= CLOSE_ENOUGH * bits:
-            break
         share = max(0.0, (bits - alone) / per_outlier)
         found = with_share(share)
         used = _bits(found, rule, order_is_stored)
-        if share > 0 and used > alone:
-            per_outlier = (used - alone) / share
+        if abs(used - bits) <= CLOSE_ENOUGH * bits or used <= alone:
+            return found
+        per_outlier = (used - alone) / share
     return found
+
+
+def _blank(shape: tuple[int, int], rule: Rule) -> Solution:
+    """What takes as many bits as any solution of this shape without outliers."""
+    assert rule.grid is not None
+    (nothing,) = rtn(torch.zeros(1, *shape), None, rule.grid, names=["zeros"])
+    return nothing if rule.order == "identity" else replace(nothing, order=torch.arange(shape[1]))
 
 
 def _bits(solutions: list[Solution], rule: Rule, order_is_stored: bool) -> float:

@@ -290,7 +290,8 @@ class SpQR:
             # the values of a group lie between those of its first and last code
             ends = [matrix.value(scale, zero, code) for code in (0, (1 << self.bits) - 1)]
             for name, wrong in (
-                ("scales", ~((scale > 0) & torch.isfinite(scale))),
+                # 0 is what published checkpoints have where a group vanishes in float16: all of its weights are 0.0
+                ("scales", ~((scale >= 0) & torch.isfinite(scale))),
                 ("zeros", ~(torch.isfinite(zero) & torch.isfinite(ends[0]) & torch.isfinite(ends[1]))),
             ):
                 if wrong.any():
@@ -298,7 +299,7 @@ class SpQR:
                     where = f"row {int(which[row])}, group {group} of matrix {matrix.number}"
                     bad = float((scale if name == "scales" else zero)[row, group])
                     raise _damaged(
-                        name, f"{name[:-1]} {bad} at {where} must be finite and give finite weights, scales > 0"
+                        name, f"{name[:-1]} {bad} at {where} must be finite and give finite weights, scales >= 0"
                     )
 
 
