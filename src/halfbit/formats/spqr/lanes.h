@@ -40,6 +40,18 @@ inline F by_table(W a) {
     return _mm512_permutexvar_ps(a, table);
 }
 
+inline W sum(W a, W b) { return _mm512_add_epi32(a, b); }
+inline W bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+// The sixteen half bytes of a number, the lowest first.
+inline W nibbles(uint64_t a) {
+    const W twice = _mm512_inserti64x4(_mm512_set1_epi32(static_cast<int>(a)), _mm256_set1_epi32(static_cast<int>(a >> 32)), 1);
+    return lowest(_mm512_srlv_epi32(twice, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28)), 15);
+}
+inline F gather(const float *p, W at) { return _mm512_i32gather_ps(at, p, 4); }
+inline W gather(const int32_t *p, W at) { return _mm512_i32gather_epi32(at, p, 4); }
+
 inline F from_half(__m256i a) { return _mm512_cvtph_ps(a); }
 inline __m256i to_half(F a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F round_to_half(F a) { return from_half(to_half(a)); }
@@ -100,6 +112,22 @@ inline F by_table(W x) {
     const __m256 table = _mm256_setr_ps((0 & m) - Less, (1 & m) - Less, (2 & m) - Less, (3 & m) - Less, (4 & m) - Less,
                                         (5 & m) - Less, (6 & m) - Less, (7 & m) - Less);
     return {_mm256_permutevar8x32_ps(table, x.a), _mm256_permutevar8x32_ps(table, x.b)};
+}
+
+inline W sum(W x, W y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline W bytes(const uint8_t *p) {
+    const __m128i all16 = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return {_mm256_cvtepu8_epi32(all16), _mm256_cvtepu8_epi32(_mm_srli_si128(all16, 8))};
+}
+// The sixteen half bytes of a number, the lowest first.
+inline W nibbles(uint64_t a) {
+    const __m256i by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    return lowest({_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(a)), by),
+                   _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(a >> 32)), by)}, 15);
+}
+inline F gather(const float *p, W at) { return {_mm256_i32gather_ps(p, at.a, 4), _mm256_i32gather_ps(p, at.b, 4)}; }
+inline W gather(const int32_t *p, W at) {
+    return {_mm256_i32gather_epi32(p, at.a, 4), _mm256_i32gather_epi32(p, at.b, 4)};
 }
 
 inline __m128i to_half(__m256 a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

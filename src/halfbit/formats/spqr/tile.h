@@ -281,21 +281,99 @@ template <int B, int S, int... N>
       less = fma(load(shift + 16 * N), all(sums[N]), less)), ...);
 }
 
+// The second-level numbers a, b, c, d of 32 groups from `first`, [32, 4], widened; zeros where there is no group.
+inline void second_level(const Matrix &m, int64_t supergroup, int64_t first, float *wide) {
+    const int64_t count = 4 * std::min<int64_t>(32, m.groups - first);
+    const uint16_t *from = m.second + (supergroup * m.groups + first) * 4;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(wide + i, widen(from + i, m.bfloat));
+    for (; i < 128; ++i) wide[i] = i < count ? float_of(from[i], m.bfloat) : 0.0f;
+}
+
+// Group I: its scales, and scale * (zero - center).
+template <int B, int I>
+[[gnu::always_inline]] inline void statistic(const W (&s)[B], W s_string, const W (&z)[B], W z_string, const float *wide,
+                                             F center, float *scale, float *shift) {
+    const float *second = wide + 4 * I;
+    const F step = mul(all(second[0]), sub(field<B, I, false>(s, s_string), all(second[1])));
+    const F zero = mul(all(second[2]), sub(field<B, I, false>(z, z_string), all(second[3])));
+    store(scale + 16 * I, step), store(shift + 16 * I, mul(step, sub(zero, center)));
+}
+
+// As `statistics`, in one go, where scales and zeros have B bits and all rows of the tile are in one supergroup.
+template <int B, int... I>
+void shared_statistics(const Matrix &m, int64_t tile, int64_t stretch, F center, float *scale, float *shift,
+                       std::integer_sequence<int, I...>) {
+    alignas(64) float wide[128];
+    second_level(m, 16 * tile / m.supergroup, 32 * stretch, wide);
+    W s[B], z[B];
+    const W s_string = read<B, false>(m.scales.block(tile, stretch), s);
+    const W z_string = read<B, false>(m.zeros.block(tile, stretch), z);
+    (statistic<B, I>(s, s_string, z, z_string, wide, center, scale, shift), ...);
+}
+
+// Scales of 32 groups and scale * (zero - center), [32, 16] each; zeros where there is no group: x is 0 there, but
+// 0 * NaN is not.
+inline void scales_and_shifts(const Matrix &m, int64_t tile, int64_t stretch, float center, float *scale, float *shift) {
+    constexpr auto groups_of_block = std::make_integer_sequence<int, 32>();
+    const bool shared = 16 * tile / m.supergroup == std::min(16 * tile + 15, m.rows - 1) / m.supergroup;
+    if (shared && !m.half && m.scales.bits == 3 && m.zeros.bits == 3)
+        return shared_statistics<3>(m, tile, stretch, all(center), scale, shift, groups_of_block);
+    if (shared && !m.half && m.scales.bits == 4 && m.zeros.bits == 4)
+        return shared_statistics<4>(m, tile, stretch, all(center), scale, shift, groups_of_block);
+    statistics(m, tile, stretch, scale, shift);
+    const int64_t groups = std::min<int64_t>(32, m.groups - 32 * stretch);
+    for (int64_t g = 0; g < groups; ++g)
+        store(shift + 16 * g, mul(load(scale + 16 * g), sub(load(shift + 16 * g), all(center))));
+    std::fill(scale + 16 * groups, scale + 512, 0.0f), std::fill(shift + 16 * groups, shift + 512, 0.0f);
+}
+
+// (value + less) * x of the outliers in 16 rows x 256 columns, to the sums of the 16 rows; each row has four, taken in turn.
+template <int S>
+void chunk_outliers(const Matrix &m, int64_t tile, int64_t chunk, int64_t stretch, int64_t first, const float *less,
+                    const float *x, float *sums) {
+    int64_t at = m.outlier_begin(tile, chunk);
+    const int64_t end = m.outlier_begin(tile, chunk + 1);
+    if (at == end) return;
+    // of every 8 columns, where the statistics of their group begin
+    int32_t group[32];
+    for (int64_t i = 0; i < 32; ++i)
+        group[i] = static_cast<int32_t>(
+            16 * (S < 32 ? (256 * (chunk - first / 8) + 8 * i) / S : (256 * chunk + 8 * i) / m.group - 32 * stretch));
+    // sixteen at a time, the last of them with others behind that are left out; so no more than 255 is a column, however
+    // damaged, and x reaches as far
+    for (; at < end && at + 18 <= m.outlier_count; at += 16) {
+        // 16 rows from a byte that may begin with another's
+        uint64_t rows;
+        std::memcpy(&rows, m.outlier_rows + at / 2, 8);
+        if (at % 2) rows = rows >> 4 | uint64_t{m.outlier_rows[at / 2 + 8]} << 60;
+        const W column = bytes(m.outlier_columns + at);
+        const W place = sum(gather(group, right<3>(column)), nibbles(rows));
+        alignas(64) float part[16];
+        store(part, mul(add(widen(m.outlier_values + at, m.bfloat), gather(less, place)), gather(x, column)));
+        if (at + 16 <= end) {
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) sums[16 * (i % 4) + (rows >> 4 * i & 15)] += part[i];
+        } else {
+            for (int64_t i = 0; i < end - at; ++i) sums[16 * (i % 4) + (rows >> 4 * i & 15)] += part[i];
+        }
+    }
+    for (; at < end; ++at) {
+        const int64_t column = m.outlier_columns[at], row = m.outlier_row(at);
+        sums[row] += (float_of(m.outlier_values[at], m.bfloat) + less[group[column / 8] + row]) * x[column];
+    }
+}
+
 // One tile times one token, for groups of S = 8 or 16 columns, or of a multiple of S = 32.
 // x is padded with zeros to whole chunks of 256; sums are those of S columns each; y [16].
 template <int B, int S>
 void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, float *y) {
     constexpr float center = 1 << (B - 1);
-    alignas(64) float scale[512], shift[512], apart[16] = {};
+    alignas(64) float scale[512], shift[512], apart[64] = {};
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
-        statistics(m, tile, stretch, scale, shift);
+        scales_and_shifts(m, tile, stretch, center, scale, shift);
         const int64_t first = block, stop = m.stretch_end(stretch);
-        const int64_t groups = std::min<int64_t>(32, m.groups - 32 * stretch);
-        for (int64_t g = 0; g < groups; ++g)
-            store(shift + 16 * g, mul(load(scale + 16 * g), sub(load(shift + 16 * g), all(center))));
-        // a segment beyond the last column has no statistics: its x is 0, but 0 * NaN is not
-        std::fill(scale + 16 * groups, scale + 512, 0.0f), std::fill(shift + 16 * groups, shift + 512, 0.0f);
         F sum = all(0.0f), less = all(0.0f);
         for (; block < stop; ++block) {
             W w[B];
@@ -306,33 +384,14 @@ void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, 
         }
         total = add(total, sub(sum, less));
         if (!m.has_outliers) continue;
-        for (int64_t g = 0; g < groups; ++g)
-            store(scale + 16 * g, fma(load(scale + 16 * g), all(-center), sub(all(0.0f), load(shift + 16 * g))));
-        for (int64_t chunk = first / 8; chunk < (stop + 7) / 8; ++chunk) {
-            int64_t at = m.outlier_begin(tile, chunk);
-            const int64_t end = m.outlier_begin(tile, chunk + 1);
-            const float *of_chunk = x + 256 * chunk;
-            // `scale` holds the values of code 0 now
-            const auto add_one = [&](int64_t i, int64_t row, float value) __attribute__((always_inline)) {
-                const int64_t column = m.outlier_columns[i];
-                const int64_t group =
-                    S < 32 ? (256 * (chunk - first / 8) + column) / S : (256 * chunk + column) / m.group - 32 * stretch;
-                apart[row] += (value - scale[16 * group + row]) * of_chunk[column];
-            };
-            for (; at + 16 <= end && at + 18 <= m.outlier_count; at += 16) {
-                // 16 rows from a byte that may begin with another's
-                alignas(64) float value[16];
-                uint64_t rows;
-                std::memcpy(&rows, m.outlier_rows + at / 2, 8);
-                if (at % 2) rows = rows >> 4 | uint64_t{m.outlier_rows[at / 2 + 8]} << 60;
-                store(value, widen(m.outlier_values + at, m.bfloat));
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) add_one(at + i, rows >> 4 * i & 15, value[i]);
-            }
-            for (; at < end; ++at) add_one(at, m.outlier_row(at), float_of(m.outlier_values[at], m.bfloat));
-        }
+        // a weight's outlier less the value of code 0, which stands there
+        for (int64_t g = 0; g < 32; ++g)
+            store(scale + 16 * g, fma(load(scale + 16 * g), all(center), load(shift + 16 * g)));
+        for (int64_t chunk = first / 8; chunk < (stop + 7) / 8; ++chunk)
+            chunk_outliers<S>(m, tile, chunk, stretch, first, scale, x + 256 * chunk, apart);
     }
-    store(y, add(total, load(apart)));
+    for (int i = 0; i < 4; ++i) total = add(total, load(apart + 16 * i));
+    store(y, total);
 }
 
 using One = void (*)(const Matrix &, int64_t, const float *, const float *, float *);
