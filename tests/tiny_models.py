@@ -1,6 +1,6 @@
 """Tiny random models of every family, saved as checkpoints: odd sizes, random routers, biases and norms.
 
-`save` writes one of `CONFIGS` the way transformers does, which for many mixtures of experts is one tensor per expert;
+`save` writes one of `CONFIGS` or `FILLED` the way transformers does, which for many mixtures of experts is one tensor per expert;
 `save_as_built` writes the weights under their own names instead (3-D experts), `save_mxfp4` and `save_fp8` in the
 quantized layouts of gpt-oss and DeepSeek-V3. Every weight and saved buffer is random, so that none is left out unseen.
 """
@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    CodeGenConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     FalconConfig,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GptOssConfig,
     GraniteMoeConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     NemotronHConfig,
@@ -132,10 +136,31 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 
+# models whose rule for new weights does more than that: it fills position tables and causal masks, which no checkpoint
+# has, or reaches from the parent into a linear layer
+FILLED: dict[str, PreTrainedConfig] = {
+    "gptj": make(GPTJConfig,
+        vocab_size=VOCABULARY, n_embd=36, n_layer=3, n_head=6, n_positions=64, rotary_dim=4, bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "codegen": make(CodeGenConfig,
+        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt-neo": make(GPTNeoConfig,
+        vocab_size=VOCABULARY, hidden_size=36, num_layers=2, num_heads=6, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64, window_size=5, bos_token_id=1, eos_token_id=2,
+    ),
+    "mamba": make(MambaConfig,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    ),
+}  # fmt: skip
+
 
 def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
     """A checkpoint as `save_pretrained` writes it."""
-    config = deepcopy(CONFIGS[name])
+    config = deepcopy((CONFIGS | FILLED)[name])
     builder = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = builder.from_config(config, dtype=torch.float32)
     model.load_state_dict(_random(config, torch.Generator().manual_seed(0)), strict=False)

@@ -66,10 +66,12 @@ class HalfbitQuantizer(HfQuantizer):
         for path, projections in config.modules.items():
             if path in stacks:
                 model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
+                # some models' rule for new weights reaches from the parent into the experts, which are gone; no other
+                # parent may be skipped, for the same rule fills the buffers that no file has
+                parent: Any = model.get_submodule(path.rpartition(".")[0])
+                parent._is_hf_initialized = True
             else:
                 model.set_submodule(path, packed_layer(path, _layer(model, path), projections))
-            # some models' rule for new weights reaches from the parent into the experts, which are gone
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         for path, owner in config.tied.items():
             matrix = _matrix(model, owner, path)
             model.set_submodule(path, _wrap(_layer(model, path), matrix, tied=True))

@@ -334,7 +334,8 @@ class _PackedLayer(nn.Module):
             self.add_module(packed_name(WEIGHT), matrix)
         # a list hides a borrowed module from nn.Module, so that it has one owner
         self._borrowed = [matrix] if tied else []
-        self.register_buffer(WEIGHT, torch.empty(0, dtype=dtype), persistent=False)
+        # no rows: what a model's rule for new weights does to it, by way of the parent, is nothing
+        self.register_buffer(WEIGHT, torch.empty(0, matrix.shape[2], dtype=dtype), persistent=False)
 
     @property
     def matrix(self) -> PackedMatrix:
