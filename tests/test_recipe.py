@@ -65,6 +65,9 @@ def test_a_budget_replaces_the_one_before() -> None:
     # the rules that store no outliers stay as they were
     mixed = recipe.load("mixed").budgeted("bits", 4.6)
     assert mixed.rule("model.layers.0.mlp.experts.down_proj") == recipe.load("mixed").rules[3]
+    text = f"rules = [{{ match = '*embed*', solver = 'rtn', {SPQR} }}, {{ match = '*', {SPQR} }}]"
+    rules = Recipe.from_toml(text).budgeted("tau", 0.2).rules
+    assert [r.tau for r in rules] == [None, 0.2]
     with pytest.raises(RecipeError, match="no rule that stores outliers"):
         recipe.load("qmoe").budgeted("bits", 4.6)
 

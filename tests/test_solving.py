@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbit.errors import RecipeError
+from halfbit.errors import RecipeError, Unsupported
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.bilevel import Bilevel
 from halfbit.recipe import Rule, Solving
@@ -35,6 +35,27 @@ def test_stored_bits_are_those_asked_for_within_one_percent(bits: float) -> None
     assert found.codec is not None
     stored = [found.codec.encode(s).bits_per_weight for s in solve(w, h, found, Solving(), NAMES, [])]
     assert sum(stored) / len(stored) == pytest.approx(bits, rel=0.01)
+
+
+def test_a_budget_that_a_tiny_matrix_misses_is_told() -> None:
+    w, h = matrices(1, 8, 64)
+    notices: list[str] = []
+    with pytest.raises(RecipeError, match=r"a: the grid alone takes 4\.875"):
+        # the column order takes a bit and more of each weight here
+        solve(w, h, rule(bits=4.2), Solving(), ["a"], notices)
+    (s,) = solve(w, h, rule(bits=5.5), Solving(), ["a"], notices)
+    found = rule(bits=5.5).codec
+    assert found is not None
+    missed = abs(found.encode(s).bits_per_weight - 5.5) > 0.055
+    assert bool(notices) == missed
+    with pytest.raises(RecipeError, match="a: 40 bits per weight are more than"):
+        solve(w, h, rule(bits=40.0), Solving(), ["a"], notices)
+
+
+def test_errors_name_the_matrix() -> None:
+    w, h = matrices(1)
+    with pytest.raises(Unsupported, match="a: Bilevel: the weights are too large for statistics in float16"):
+        solve(1e7 * w, h, rule(), Solving(), ["a"], [])
 
 
 def test_an_order_stored_elsewhere_leaves_room_for_outliers() -> None:

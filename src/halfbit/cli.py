@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
-from halfbit.errors import CalibrationError, HalfbitError, Unsupported
+from halfbit.errors import CalibrationError, HalfbitError, RecipeError, Unsupported
 from halfbit.evaluate import evaluate, load
 from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved
 from halfbit.folder import Problem
@@ -118,9 +118,11 @@ def compress(
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
-    for budget, value in {"bits": bits, "outliers": outliers, "tau": tau}.items():
-        if value is not None:
-            chosen = chosen.budgeted(budget, value)
+    budgets = {k: v for k, v in {"bits": bits, "outliers": outliers, "tau": tau}.items() if v is not None}
+    if len(budgets) > 1:
+        raise RecipeError(f"--{' and --'.join(budgets)} are ways to say one thing; give one of them")
+    for budget, value in budgets.items():
+        chosen = chosen.budgeted(budget, value)
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     _tell(folder, as_json)
 

@@ -34,9 +34,9 @@ from halfbit.expert_groups import Group, max_tokens, solve
 from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
-from halfbit.flow import Flow
+from halfbit.flow import Flow, Seen
 from halfbit.layout import Entry, stored_name
-from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached, unseen
+from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
 from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
@@ -152,9 +152,12 @@ def compress(
                     flow.give(stack, routed)
                 del routed  # or it would live through the next block
             yield from solve_reached(family, pending, flow, block, module, (), recipe, writer, device)
+            for path in pending:
+                yield Noticed(f"{path}: never runs on the calibration text; stored as it was")
             if not done:
+                kept = _compressed(claims, (), [linear for linear, _ in pending.values()])
                 for name in claims.tensors_of(block):
-                    if name not in compressed:
+                    if name not in compressed or name in kept:
                         writer.put(name, reader.tensor(name))
                 writer.commit(block, f"model-block-{number:05d}.safetensors")
             if flow and module is not None:
@@ -183,9 +186,9 @@ def _outside(
     if writer.has(unit):
         put_back(family, chosen, writer, writer.read(unit))
         return
-    for path, (linear, rule) in chosen.items():
+    for path, (_, rule) in chosen.items():
         solved = flow is not None and rule.solver != "rtn"
-        seen = flow.observe_head(path, family.model.get_submodule(path)) if flow and solved else unseen(linear, device)
+        seen = flow.observe_head(path, family.model.get_submodule(path)) if flow and solved else Seen([path], None)
         yield from solve_group(family, seen, chosen, recipe, writer, device)
     if chosen:
         writer.commit(unit, f"model-outer-{name}.safetensors")

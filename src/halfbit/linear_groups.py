@@ -1,9 +1,9 @@
 """Linear layers outside the experts: which rule each has, their Hessians group by group, and what is written of them.
 
 Layers that read one input (query, key and value; gate and up) share a Hessian, and the column order where it follows
-from the Hessian alone: it is stored with the first of them. All of a block see the block as it was, on the compressed
-blocks before it, as in the published code of SpQR (https://arxiv.org/abs/2306.03078); with `true_sequential` each group
-sees the groups before it compressed.
+from the Hessian alone: it is stored with the first of them. All before the experts of a block see the block as it was,
+on the compressed blocks before it, as in the published code of SpQR (https://arxiv.org/abs/2306.03078); those behind
+the experts see what is before them compressed. With `true_sequential` each group sees the groups before it compressed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,6 @@ from halfbit.flow import Flow, Seen
 from halfbit.layout import Entry
 from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.recipe import Recipe, Rule
-from halfbit.solve.hessian import Hessian
 from halfbit.solving import solve
 from halfbit.storing import put_linear
 from halfbit.writer import Writer
@@ -37,8 +36,9 @@ def choose(recipe: Recipe, family: Family) -> Chosen:
     head = model.get_output_embeddings()
     chosen: Chosen = {}
     for path, linear in find_linears(model, family.experts, family.claims().tied).items():
+        # the first name that a rule matches, also one that keeps it as it was
         names = (path, *linear.twins)
-        rule = next((r for r in map(recipe.rule, names) if r is not None), None)
+        rule = next((recipe.rule(name) for name in names if recipe.first(name) is not None), None)
         in_block = family.block_of(path) is not None
         if rule is None or not (in_block or linear.kind == "embedding" or model.get_submodule(path) is head):
             continue
@@ -48,31 +48,33 @@ def choose(recipe: Recipe, family: Family) -> Chosen:
                 f"{' (also where the output head is the same matrix)' if linear.twins else ''}; give it a rule with "
                 'solver = "rtn" before the others'
             )
-        if family.claims().sources[linear.name].converter is not None:
-            # one tensor of the checkpoint becomes several weights, or several one: only whole tensors are replaced
-            tensors = family.claims().sources[linear.name].names
-            if sum(map(len, tensors.values())) != 1:
-                raise RecipeError(
-                    f"{path}: this weight is made of several tensors of the checkpoint; not supported yet"
-                )
+        sources = family.claims().sources
+        source = sources[linear.name]
+        weights, tensors = sum(other is source for other in sources.values()), sum(map(len, source.names.values()))
+        if weights != 1 or tensors != 1:
+            # what is packed takes the place of whole tensors
+            raise RecipeError(
+                f"{path}: {tensors} tensors of the checkpoint make {weights} weights of the model, of which this is "
+                "one; not supported yet, leave it out with a rule that has no codec"
+            )
         chosen[path] = linear, rule
     return chosen
 
 
 def left_out(recipe: Recipe, family: Family, chosen: Chosen) -> Iterator[str]:
-    """What a rule would compress if it were a linear layer: one sentence per kind of module."""
-    experts = tuple(f"{path}." for path in family.experts)
+    """What a rule would compress if it could be: one sentence per kind of module."""
+    packed = {path for linear, _ in chosen.values() for path in (linear.path, *linear.twins)} | set(family.experts)
+    inside = tuple(f"{path}." for path in family.experts)
+    tied = family.claims().tied
     kinds: dict[str, list[str]] = {}
     for path, module in family.model.named_modules():
-        known = path in chosen or path in family.experts or path.startswith(experts)
         # a vector is no matrix: norms, biases
-        if known or family.block_of(path) is None or recipe.rule(path) is None:
-            continue
-        if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        matrices = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1 and f"{path}.{n}" not in tied]
+        if matrices and path not in packed and not path.startswith(inside) and recipe.rule(path) is not None:
             kinds.setdefault(type(module).__name__, []).append(path)
     for kind, paths in kinds.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        yield f"{paths[0]}{more}: matched by a rule, but {kind} is no linear layer; stored as it was"
+        yield f"{paths[0]}{more}: matched by a rule, but {kind} cannot be compressed there; stored as it was"
 
 
 def solve_reached(
@@ -86,26 +88,21 @@ def solve_reached(
     writer: Writer,
     device: str,
 ) -> Iterator[Event]:
-    """Solve and write the layers in `pending` that run before the first of `doors`; they leave `pending`."""
+    """Solve and write the layers in `pending` that run before the first of `doors`; they leave `pending`.
+
+    Without a flow all of them. What stays, with no door left, never runs on the calibration text.
+    """
     doors = list(doors)
     while pending:
         if flow is None or module is None:
-            groups = [unseen(linear, device) for path, (linear, _) in pending.items()]
+            groups = [Seen([path], None) for path in pending]
         else:
             groups = flow.observe(block, module, pending, doors)
-        if not groups and doors:
-            return
-        if groups and recipe.solving.true_sequential:
-            groups = groups[:1]
-        if not groups:
-            for path, (linear, _) in pending.items():
-                yield Noticed(f"{path}: never runs on the calibration text; its weights are rounded to nearest")
-                groups.append(unseen(linear, device))
-        for seen in groups:
+        for seen in groups[:1] if recipe.solving.true_sequential else groups:
             yield from solve_group(family, seen, pending, recipe, writer, device)
             for path in seen.paths:
                 del pending[path]
-        if doors and not recipe.solving.true_sequential:
+        if not groups or (doors and not recipe.solving.true_sequential):
             return
 
 
@@ -114,12 +111,16 @@ def solve_group(
 ) -> Iterator[Event]:
     """Solve and write layers of one input; what is decoded takes the weights' place in the family's model."""
     orders: dict[str, Tensor] = {}
+    by_hessian = False
     for path in seen.paths:
         linear, rule = rules[path]
         notices: list[str] = []
         w = family.weight(linear.name).to(device, torch.float32)
-        h = seen.hessian.sum.to(device)
-        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored=not orders)
+        h = None if seen.hessian is None else seen.hessian.sum.to(device)
+        # the order that follows from the Hessian alone is the same again
+        free = rule.order == "act_order" and by_hessian
+        by_hessian |= rule.order == "act_order"
+        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored=not free)
         yield from map(Noticed, notices)
         assert rule.codec is not None
         packed = rule.codec.encode(solution)
@@ -127,7 +128,7 @@ def solve_group(
         fact = {
             "loss": solution.loss,
             "bits_per_weight": 8 * nbytes / w.numel(),
-            "tokens": int(seen.hessian.tokens[0]),
+            "tokens": 0 if seen.hessian is None else int(seen.hessian.tokens[0]),
         }
         writer.record("matrices", linear.name, fact)
         yield Solved(linear.name, fact["loss"], fact["bits_per_weight"], fact["tokens"])
@@ -137,11 +138,8 @@ def solve_group(
 def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Mapping[str, Tensor]) -> None:
     """Committed layers of an interrupted run: what they decode to takes the weights' place in the family's model."""
     for path in chosen:
+        if path not in writer.manifest["packed"]:
+            continue  # it never ran
         entry = Entry.parse(writer.manifest["packed"][path][WEIGHT], f"{path}.{WEIGHT}")
         packed = entry.packed({part: tensors[name] for part, name in entry.stored(path, WEIGHT).items()})
         family.replace(f"{path}.{WEIGHT}", packed.codec.decode(packed))
-
-
-def unseen(linear: Linear, device: str) -> Seen:
-    """A layer that no token reached: its Hessian is zero, which the solver takes for the identity."""
-    return Seen([linear.path], Hessian(1, linear.shape[1], device=device))

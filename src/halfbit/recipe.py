@@ -164,8 +164,12 @@ class Recipe:
 
     def rule(self, matrix: str) -> Rule | None:
         """The first rule that matches `module.path.projection`, or None: stored as it was."""
-        found = next((r for r in self.rules if fnmatchcase(matrix, r.match)), None)
+        found = self.first(matrix)
         return found if found is not None and found.codec is not None else None
+
+    def first(self, matrix: str) -> Rule | None:
+        """The first rule that matches, also one that says to keep the matrix as it was."""
+        return next((r for r in self.rules if fnmatchcase(matrix, r.match)), None)
 
     def calibrated(self, **changes: Any) -> "Recipe":
         """The recipe with some calibration fields replaced (what the command line gives wins over the file)."""
@@ -174,7 +178,7 @@ class Recipe:
     def budgeted(self, budget: str, value: float) -> "Recipe":
         """The recipe with one of BUDGETS for every rule whose codec stores outliers, in place of what the rule said."""
         clean = dict.fromkeys(BUDGETS)
-        takes = [r.codec is not None and "outlier_values" in r.codec.parts for r in self.rules]
+        takes = [r.solver != "rtn" and r.codec is not None and "outlier_values" in r.codec.parts for r in self.rules]
         if not any(takes):
             raise RecipeError(f"recipe {self.name!r} has no rule that stores outliers; {budget} says nothing to it")
         return replace(

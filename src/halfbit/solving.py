@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from halfbit.errors import RecipeError
+from halfbit.errors import RecipeError, Unsupported
 from halfbit.recipe import Rule, Solving
 from halfbit.solve.budget import gptq_with_share
 from halfbit.solve.gptq import gptq
@@ -17,11 +17,13 @@ from halfbit.types import Solution
 # of the bits asked for
 CLOSE_ENOUGH = 0.003
 ATTEMPTS = 3
+# what a budget may be missed by without a word
+TOLD = 0.01
 
 
 def solve(
     w: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | None,
     rule: Rule,
     solving: Solving,
     names: list[str],
@@ -33,16 +35,35 @@ def solve(
 
     Args:
         w: `[matrices, out, in]`.
-        hessian: `[matrices, in, in]`, undamped.
+        hessian: `[matrices, in, in]`, undamped; None, for rules that round to nearest: the loss is that of the weights.
         rule: has a grid and a codec.
         names: of the matrices.
         notices: repaired Hessians are told here.
         order_is_stored: False: another matrix of the same input stores the column order, so it costs nothing.
+
+    Raises what grids and solvers raise, with the name of the first matrix.
     """
+    try:
+        return _solve(w, hessian, rule, solving, names, notices, order_is_stored)
+    except Unsupported as e:
+        raise Unsupported(f"{names[0]}{' and others' if len(names) > 1 else ''}: {e}") from e
+
+
+def _solve(
+    w: Tensor,
+    hessian: Tensor | None,
+    rule: Rule,
+    solving: Solving,
+    names: list[str],
+    notices: list[str],
+    order_is_stored: bool,
+) -> list[Solution]:
     grid = rule.grid
     assert grid is not None
     if rule.solver == "rtn":
         return [on_cpu(s) for s in rtn(w, hessian, grid, names=names)]
+
+    assert hessian is not None
 
     def told(repair: Repair) -> None:
         text = f"{repair.name}: its Hessian needed repair: {repair.action}, damping {repair.damping:g}"
@@ -63,7 +84,7 @@ def solve(
     if rule.outliers is not None:
         found = with_share(rule.outliers)
     elif rule.bits is not None:
-        found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, order_is_stored)
+        found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
     else:
         found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
     return [on_cpu(s) for s in found]
@@ -75,6 +96,7 @@ def _within(
     shape: tuple[int, int],
     rule: Rule,
     names: list[str],
+    notices: list[str],
     order_is_stored: bool,
 ) -> list[Solution]:
     """As many outliers as `bits` per weight leave room for, counted from what the codec stores."""
@@ -86,13 +108,21 @@ def _within(
         )
     # 16 bits of value and 12 of place; what it comes to exactly is seen afterwards
     per_outlier = 28.0
+    found, used = [], alone
     for _ in range(ATTEMPTS):
         share = max(0.0, (bits - alone) / per_outlier)
+        if share > 1:
+            raise RecipeError(f"{names[0]}: {bits:g} bits per weight are more than every weight in 16 bits takes")
         found = with_share(share)
         used = _bits(found, rule, order_is_stored)
         if abs(used - bits) <= CLOSE_ENOUGH * bits or used <= alone:
-            return found
+            break
         per_outlier = (used - alone) / share
+    if abs(used - bits) > TOLD * bits:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notices.append(
+            f"{names[0]}{others}: {used:.3f} stored bits per weight where {bits:g} were asked for; too small"
+        )
     return found
 
 
@@ -100,7 +130,7 @@ def _blank(shape: tuple[int, int], rule: Rule) -> Solution:
     """What takes as many bits as any solution of this shape without outliers."""
     assert rule.grid is not None
     (nothing,) = rtn(torch.zeros(1, *shape), None, rule.grid, names=["zeros"])
-    return nothing if rule.order == "identity" else replace(nothing, order=torch.arange(shape[1]))
+    return nothing if rule.order == "identity" else replace(nothing, order=torch.arange(shape[1]).flip(0))
 
 
 def _bits(solutions: list[Solution], rule: Rule, order_is_stored: bool) -> float:

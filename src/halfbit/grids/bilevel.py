@@ -29,6 +29,8 @@ DTYPES = {
 }
 ROUNDINGS = ("float32", "float16")
 FITTINGS = ("min-max", "search")
+# columns or rows; None is the way to say "all"
+LARGEST_GROUP = 1 << 16
 # a zero beyond this many steps buys resolution that the stored statistics do not have
 LARGEST_ZERO = 1024.0
 
@@ -64,10 +66,10 @@ class Bilevel:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"Bilevel: bits must be 2 to 8, got {self.bits}")
-        if self.group is not None and self.group < 1:
-            raise RecipeError(f"Bilevel: group must be None or at least 1, got {self.group}")
-        if self.supergroup < 1:
-            raise RecipeError(f"Bilevel: supergroup must be at least 1, got {self.supergroup}")
+        if self.group is not None and not 1 <= self.group <= LARGEST_GROUP:
+            raise RecipeError(f"Bilevel: group must be None or 1 to {LARGEST_GROUP}, got {self.group}")
+        if not 1 <= self.supergroup <= LARGEST_GROUP:
+            raise RecipeError(f"Bilevel: supergroup must be 1 to {LARGEST_GROUP}, got {self.supergroup}")
         for name, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
             if bits != 16 and not 2 <= bits <= 8:
                 raise RecipeError(f"Bilevel: {name} must be 2 to 8, or 16, got {bits}")

@@ -337,9 +337,11 @@ void chunk_outliers(const Matrix &m, int64_t tile, int64_t chunk, int64_t stretc
     if (at == end) return;
     // of every 8 columns, where the statistics of their group begin
     int32_t group[32];
-    for (int64_t i = 0; i < 32; ++i)
-        group[i] = static_cast<int32_t>(
-            16 * (S < 32 ? (256 * (chunk - first / 8) + 8 * i) / S : (256 * chunk + 8 * i) / m.group - 32 * stretch));
+    for (int64_t i = 0; i < 32; ++i) {
+        const int64_t g = S < 32 ? (256 * (chunk - first / 8) + 8 * i) / S : (256 * chunk + 8 * i) / m.group - 32 * stretch;
+        // damaged bytes may name columns behind the last group
+        group[i] = static_cast<int32_t>(16 * std::min<int64_t>(g, 31));
+    }
     // sixteen at a time, the last of them with others behind that are left out; so no more than 255 is a column, however
     // damaged, and x reaches as far
     for (; at < end && at + 18 <= m.outlier_count; at += 16) {
