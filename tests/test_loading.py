@@ -1,12 +1,29 @@
 """Loading: what the loader fills in itself, and what a hostile folder must not reach."""
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from test_dense import EVERYTHING, expected, run
 from test_end_to_end import add_tokenizer, inputs, largest_difference, load
 
-from halfbit.nn import PackedLinear
+import halfbit
+from halfbit import formats
+from halfbit.errors import FormatError
+from halfbit.folder import Problem
+from halfbit.layout import Entry, name_of
+from halfbit.nn import PackedLinear, PackedMatrix
+from halfbit.solve.rtn import rtn
+from halfbit.writer import checksum
 
 TABLE = """
         [[rules]]
@@ -31,3 +48,158 @@ def test_what_no_file_has_is_filled_in(name: str, tmp_path) -> None:
     with torch.no_grad():
         wanted, got = dense(**given, use_cache=False).logits, model(**given, use_cache=False).logits
     assert largest_difference(got, wanted) < 2e-5
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A compressed folder."""
+    root = tmp_path_factory.mktemp("llama")
+    run(add_tokenizer(tiny_models.save("llama", root / "source")), root / "out", EVERYTHING["spqr"])
+    return root / "out"
+
+
+Q, K, O, UP = (f"model.layers.1.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.o", "mlp.up"))
+Edit = Callable[[dict[str, Any]], object]
+
+
+def changed(folder: Path, out: Path, edit: Edit, tie: Edit = lambda _: None) -> Path:
+    """A copy with other entries of packed modules, in both files that have them, and another map of tied ones."""
+    shutil.copytree(folder, out)
+    config, manifest = (json.loads((out / name).read_text()) for name in ("config.json", "manifest.json"))
+    quantization = config["quantization_config"]
+    for modules in (quantization["modules"], manifest["packed"]):
+        edit(modules)
+    quantization.setdefault("tied", {})
+    tie(quantization["tied"])
+    text = json.dumps(config)
+    (out / "config.json").write_text(text)
+    manifest["files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def problems(folder: Path) -> list[str]:
+    return [p.message for p in halfbit.verify(folder) if isinstance(p, Problem)]
+
+
+def tensors(modules: dict[str, Any], path: str) -> dict[str, list[Any]]:
+    return modules[path]["weight"]["tensors"]
+
+
+SHARING: dict[str, tuple[Edit, str]] = {
+    "an order of its own": (lambda m: tensors(m, Q)["order"].append(Q), "has none of its own"),
+    "an order in a circle": (lambda m: tensors(m, Q)["order"].append(K), "has none of its own"),
+    "an order of nobody": (lambda m: tensors(m, K)["order"].__setitem__(2, "nowhere"), "no packed"),
+    "codes": (lambda m: tensors(m, Q)["codes"].append(Q), "only order can be another module's"),
+    "outliers": (lambda m: tensors(m, K)["outlier_values"].append(Q), "only order can be another module's"),
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_only_an_order_that_another_module_has_is_shared(case: str, llama, tmp_path) -> None:
+    edit, message = SHARING[case]
+    hostile = changed(llama, tmp_path / "out", edit)
+    assert any(message in p for p in problems(hostile))
+    with pytest.raises(FormatError, match=f"{message}|shares with nowhere|has none of its own"):
+        load(hostile)
+
+
+SIZES: dict[str, Edit] = {
+    "overflow": lambda m: tensors(m, K)["codes"].__setitem__(1, [2**61, 2**61]),
+    "overflow beside a zero": lambda m: tensors(m, K)["codes"].__setitem__(1, [0, 2**61, 2**61]),
+    "terabytes": lambda m: tensors(m, K)["codes"].__setitem__(1, [1, 2**40]),
+    "terabytes of a shared part": lambda m: tensors(m, K)["order"].__setitem__(1, [1, 2**40]),
+    "a shared part of another size": lambda m: tensors(m, K)["order"].__setitem__(1, [1, 37]),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_are_not_believed(case: str, llama, tmp_path) -> None:
+    hostile = changed(llama, tmp_path / "out", SIZES[case])
+    assert problems(hostile)
+    with pytest.raises(FormatError, match=r"self_attn\.k_proj"):
+        load(hostile)
+
+
+def test_what_is_another_modules_takes_no_memory_before_it_is_handed_over() -> None:
+    codec = formats.from_config({"name": "grouped", "bits": 4, "group": 16})
+    (solution,) = rtn(torch.randn(1, 8, 32), None, codec.grid, names=["x"])
+    entry = Entry.of(codec.encode(solution), 1, {"order": "elsewhere"})
+    assert PackedMatrix(entry).get_buffer("order").numel() == 0
+
+
+TIED: dict[str, tuple[dict[str, str], str]] = {
+    "another shape": ({"lm_head": UP}, "lm_head: expected the shape"),
+    "nobody": ({"lm_head": "nowhere"}, "which is no packed layer"),
+    "a norm": ({"lm_head": "model.norm"}, "which is no packed layer"),
+    "no layer": ({"model.norm": UP}, "model.norm is no"),
+    "no module": ({"model.nothing": UP}, "model.nothing is no"),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_layer_is_a_layer_of_its_matrix_s_shape(case: str, llama, tmp_path) -> None:
+    tied, message = TIED[case]
+    without = (lambda m: m.pop("lm_head")) if "lm_head" in tied else (lambda _: None)
+    hostile = changed(llama, tmp_path / "out", without, lambda t: t.update(tied))
+    with pytest.raises(FormatError, match=message):
+        load(hostile)
+    if tied.get("lm_head") not in (None, UP):
+        assert any("lm_head is tied to" in p for p in problems(hostile))
+
+
+def test_verify_asks_for_every_stored_tensor(llama, tmp_path) -> None:
+    out = Path(shutil.copytree(llama, tmp_path / "out"))
+    for name, key in (("manifest.json", "tensors"), ("model.safetensors.index.json", "weight_map")):
+        content = json.loads((out / name).read_text())
+        del content[key][f"{K}.packed_weight.codes"]
+        (out / name).write_text(json.dumps(content))
+    assert any(p.endswith("k_proj.packed_weight.codes is in no file of the manifest") for p in problems(out))
+
+
+def test_verify_checks_what_lies_in_several_files(llama, tmp_path) -> None:
+    """The shared order is in another file, where it is no order."""
+    out = Path(shutil.copytree(llama, tmp_path / "out"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    name = f"{Q}.packed_weight.order"
+    source = out / manifest["tensors"][name]["file"]
+    stored = load_file(source)
+    order = stored.pop(name)
+    assert order.numel()
+    moved = {name: order, "beside": torch.zeros(1)}
+    other = order.clone()
+    other[:] = 0
+    for number, tensor in enumerate((order, other)):
+        save_file(stored, source)
+        save_file(moved | {name: tensor}, out / "model-moved.safetensors")
+        for path, value in (moved | {name: tensor}).items():
+            manifest["tensors"][path] = {
+                "file": "model-moved.safetensors", "dtype": name_of(value.dtype), "shape": list(value.shape),
+                "sha256": checksum(value),
+            }  # fmt: skip
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        index["weight_map"] = {n: t["file"] for n, t in manifest["tensors"].items()}
+        text = json.dumps(index)
+        (out / "model.safetensors.index.json").write_text(text)
+        manifest["files"]["model.safetensors.index.json"] = hashlib.sha256(text.encode()).hexdigest()
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        assert len([p for p in problems(out) if "no permutation" in p]) == 3 * number
+        assert number or not problems(out)
+
+
+@pytest.mark.parametrize("codec", ["spqr", "grouped"])
+def test_the_number_of_matrices_is_the_entry_s(codec: str) -> None:
+    config = {"spqr": {"name": "spqr", "group": 16}, "grouped": {"name": "grouped", "bits": 4, "group": 16}}[codec]
+    chosen = formats.from_config(config)
+    order = torch.randperm(64)
+    made = []
+    for turn in (order, order.flip(0)):
+        (solution,) = rtn(torch.randn(1, 32, 64), None, chosen.grid, names=["x"])
+        made.append(chosen.encode(replace(solution, order=turn)))
+    two = chosen.stack(made)
+    for experts, right in ((1, False), (2, True), (4, False)):
+        matrix = PackedMatrix(Entry.of(two, experts))
+        for part, tensor in two.tensors.items():
+            setattr(matrix, part, tensor)
+        with nullcontext() if right else pytest.raises(FormatError, match=f"expected a stack of {experts}"):
+            matrix.prepare()

@@ -1,8 +1,9 @@
 """Tiny random models of every family, saved as checkpoints: odd sizes, random routers, biases and norms.
 
-`save` writes one of `CONFIGS` or `FILLED` the way transformers does, which for many mixtures of experts is one tensor per expert;
-`save_as_built` writes the weights under their own names instead (3-D experts), `save_mxfp4` and `save_fp8` in the
-quantized layouts of gpt-oss and DeepSeek-V3. Every weight and saved buffer is random, so that none is left out unseen.
+`save` writes one of `CONFIGS` or `FILLED` the way transformers does, which for many mixtures of experts is one tensor
+per expert; `save_as_built` writes the weights under their own names instead (3-D experts), `save_mxfp4` and `save_fp8`
+in the quantized layouts of gpt-oss and DeepSeek-V3. Every weight and saved buffer is random, so that none is left out
+unseen.
 """
 
 from collections.abc import Callable

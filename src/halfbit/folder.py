@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from halfbit.errors import CheckpointError, FormatError, HalfbitError
-from halfbit.layout import DTYPES, Entry, name_of, stored_name
+from halfbit.layout import DTYPES, Entry, name_of, parse_tensor, stored_name
+from halfbit.linears import WEIGHT
 from halfbit.writer import INDEX, MANIFEST, checksum, read_manifest
 
 # first match wins; names as transformers gives them
@@ -123,11 +125,19 @@ def verify(folder: str | Path) -> Iterator[Problem | str]:
         yield Problem(MANIFEST, f"{root}: the run that writes this folder has not finished; run compress again")
         return
     yield from _verify_lists(root, manifest)
+    yield from _verify_sharing(manifest)
     by_file: dict[str, list[str]] = {}
     for name, entry in manifest["tensors"].items():
         by_file.setdefault(entry["file"], []).append(name)
+    # what lies in one file is checked while that is at hand, the rest at the end
+    within: dict[frozenset[str], list[Placed]] = {}
+    for placed in _placed(manifest):
+        within.setdefault(frozenset(manifest["tensors"][n]["file"] for n in placed.stored.values()), []).append(placed)
     for file, names in sorted(by_file.items()):
         yield from _verify_file(root / file, names, manifest)
+        yield from _verify_packed(root, [file], within.pop(frozenset([file]), []))
+    for files, entries in within.items():
+        yield from _verify_packed(root, sorted(files), entries)
 
 
 def _verify_lists(root: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -141,6 +151,15 @@ def _verify_lists(root: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
         return
     if packed != manifest["packed"]:
         yield Problem("config.json", "config.json: its packed modules are not those of the manifest")
+    tied = config["quantization_config"].get("tied") or {}
+    if not isinstance(tied, dict):
+        yield Problem("config.json", f"config.json: quantization_config.tied must be an object, got {tied!r}")
+        tied = {}
+    for path, owner in tied.items():
+        if WEIGHT not in (manifest["packed"].get(owner, {}) if isinstance(owner, str) else {}):
+            yield Problem(path, f"config.json: {path} is tied to {owner!r}, which is no packed layer")
+        if path in manifest["packed"]:
+            yield Problem(path, f"config.json: {path} is packed, and tied to {owner!r} as well")
     if weight_map != {n: t["file"] for n, t in manifest["tensors"].items()}:
         yield Problem(INDEX, f"{INDEX}: its weight map is not that of the manifest")
     for name, expected in manifest["files"].items():
@@ -173,20 +192,60 @@ def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iter
                     yield name
             for extra in sorted(present - set(names)):
                 yield Problem(extra, f"{path.name}: tensor {extra} is not in the manifest")
-            yield from _verify_packed(f, present, manifest)
     except (SafetensorError, OSError) as e:
         yield Problem(path.name, f"{path.name}: cannot be read as safetensors ({e})")
 
 
-def _verify_packed(f: Any, present: set[str], manifest: dict[str, Any]) -> Iterator[Problem]:
-    for module, projection, entry in _entries(manifest):
-        stored = entry.stored(module, projection)
-        if not all(name in present for name in stored.values()):
-            continue  # lies in another file, or was named as missing
+def _verify_sharing(manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Every tensor of every entry is in a file; what is another module's is that module's own."""
+    entries = {(path, projection): entry for path, projection, entry in _entries(manifest)}
+    for (path, projection), entry in entries.items():
+        where = f"{path}.{projection}"
+        for part, owner in entry.shared.items():
+            if (owner, projection) not in entries:
+                yield Problem(where, f"{where}: {part} is that of {owner}, which is no packed module")
+            elif part in entries[owner, projection].shared:
+                yield Problem(where, f"{where}: {part} is that of {owner}, which has none of its own")
+        for part, name in entry.stored(path, projection).items():
+            listed = manifest["tensors"].get(name)
+            if listed is None:
+                yield Problem(where, f"{where}: {name} is in no file of the manifest")
+            elif parse_tensor([listed["dtype"], listed["shape"]], name) != entry.tensors[part]:
+                yield Problem(where, f"{where}: {name} is stored as {listed['dtype']} {listed['shape']}, not as said")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An entry whose tensors are all in the manifest."""
+
+    where: str
+    entry: Entry
+    stored: dict[str, str]
+
+
+def _placed(manifest: dict[str, Any]) -> Iterator[Placed]:
+    for path, projection, entry in _entries(manifest):
+        stored = entry.stored(path, projection)
+        if all(name in manifest["tensors"] for name in stored.values()):
+            yield Placed(f"{path}.{projection}", entry, stored)
+
+
+def _verify_packed(root: Path, files: list[str], entries: list[Placed]) -> Iterator[Problem]:
+    """The rules of each entry's codec."""
+    with ExitStack() as stack:
         try:
-            entry.codec.check(entry.packed({part: f.get_tensor(name) for part, name in stored.items()}))
-        except HalfbitError as e:
-            yield Problem(f"{module}.{projection}", f"{module}.{projection}: {e}")
+            opened = [stack.enter_context(safe_open(root / file, framework="pt")) for file in files]
+        except (SafetensorError, OSError):
+            return  # named already
+        holder = {name: f for f in opened for name in f.keys()}  # noqa: SIM118 - no mapping
+        for placed in entries:
+            if not all(name in holder for name in placed.stored.values()):
+                continue  # named as missing
+            try:
+                tensors = {part: holder[name].get_tensor(name) for part, name in placed.stored.items()}
+                placed.entry.check(placed.entry.packed(tensors))
+            except HalfbitError as e:
+                yield Problem(placed.where, f"{placed.where}: {e}")
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[tuple[str, str, Entry]]:

@@ -73,8 +73,9 @@ class HalfbitQuantizer(HfQuantizer):
             else:
                 model.set_submodule(path, packed_layer(path, _layer(model, path), projections))
         for path, owner in config.tied.items():
-            matrix = _matrix(model, owner, path)
-            model.set_submodule(path, _wrap(_layer(model, path), matrix, tied=True))
+            matrix, original = _matrix(model, owner, path), _layer(model, path)
+            _check_shape(path, matrix.entry, original)
+            model.set_submodule(path, _wrap(original, matrix, tied=True))
         tied_keys: Any = getattr(model, "all_tied_weights_keys", {})
         for name in [n for n, to in tied_keys.items() if _is_packed(model, n) or _is_packed(model, to)]:
             # transformers would look for the weights themselves
@@ -159,14 +160,18 @@ def packed_layer(path: str, original: nn.Module, projections: Any) -> nn.Module:
     if not isinstance(projections, dict) or set(projections) != {WEIGHT}:
         raise FormatError(f"config.json: {path}: expected the projection {WEIGHT}", tensor=path)
     entry = Entry.parse(projections[WEIGHT], f"config.json: {path}.{WEIGHT}")
+    _check_shape(path, entry, original)
+    with torch.device("meta"):
+        return _wrap(original, PackedMatrix(entry))
+
+
+def _check_shape(path: str, entry: Entry, original: nn.Module) -> None:
     expected = (1, *original.get_parameter(WEIGHT).shape)
     if entry.shape != expected:
         raise FormatError(
             f"config.json: {path}: expected the shape {list(expected)} of this model, got {list(entry.shape)}",
             tensor=path,
         )
-    with torch.device("meta"):
-        return _wrap(original, PackedMatrix(entry))
 
 
 def _wrap(original: nn.Module, matrix: PackedMatrix, *, tied: bool = False) -> nn.Module:

@@ -12,6 +12,7 @@ read the same input. Both files may come from anywhere, so `Entry.parse` believe
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ DTYPES = {
         torch.float8_e5m2, torch.complex64,
     )
 }  # fmt: skip
+
+# the one part that a module may have from another: matrices that read the same input are sorted alike
+SHAREABLE = "order"
+# of one tensor; more fit no file, and would overflow where sizes are multiplied
+MOST_ELEMENTS = 1 << 56
+# what a codec stores of a matrix that it pads to tiles is far below this many bytes for each weight
+MOST_BYTES_PER_WEIGHT = 64
+TILE = 256
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -54,7 +63,7 @@ class Entry:
         codec: of the stored tensors.
         shape: (experts, out, in).
         tensors: part -> (dtype, shape), the codec's parts in their order.
-        shared: part -> module whose tensor of that name it is.
+        shared: part -> module whose tensor of that name it is; nothing but `SHAREABLE`.
     """
 
     codec: Codec
@@ -100,12 +109,33 @@ class Entry:
         shared = {p: v[2] for p, v in given.items() if isinstance(v, list) and len(v) == 3 and isinstance(v[2], str)}
         plain = {part: value[:2] if part in shared else value for part, value in given.items()}
         tensors = {part: parse_tensor(plain[part], f"{where}.{part}") for part in codec.parts}
+        if set(shared) - {SHAREABLE}:
+            raise FormatError(f"{where}: only {SHAREABLE} can be another module's, got {_short(shared)}", tensor=where)
+        experts, *sides = shape
+        most = MOST_BYTES_PER_WEIGHT * experts * prod(-(-side // TILE) * TILE for side in sides)
+        for part, (dtype, size) in tensors.items():
+            if prod(size) * dtype.itemsize > most:
+                raise FormatError(
+                    f"{where}.{part}: {_short(size)} is more than {codec.name} stores of {_short(shape)}", tensor=where
+                )
         return cls(codec, (shape[0], shape[1], shape[2]), tensors, shared)
 
     def packed(self, tensors: dict[str, torch.Tensor]) -> Packed:
         """The tall matrix `[experts * out, in]` from its parts."""
         experts, out, columns = self.shape
         return Packed(self.codec, (experts * out, columns), tensors)
+
+    def check(self, packed: Packed) -> None:
+        """Raise FormatError where the codec finds damage, or finds another number of matrices than there are."""
+        self.codec.check(packed)
+        experts = self.shape[0]
+        order = packed.tensors.get(SHAREABLE)
+        try:
+            if order is not None and order.shape[0] not in (0, 1, experts):
+                raise ValueError(f"{order.shape[0]} orders")
+            self.codec.part(packed, 0, experts)
+        except ValueError as e:
+            raise FormatError(f"expected a stack of {experts}: {e}; the file is damaged") from e
 
 
 def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:
@@ -116,8 +146,10 @@ def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:
 
 
 def _is_shape(value: Any) -> bool:
-    # more than 2^62 elements fit no file, and would overflow where sizes are multiplied
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        return False
+    # strides overflow too where a side is 0
+    return prod(max(n, 1) for n in value) <= MOST_ELEMENTS
 
 
 def _short(value: Any) -> str:

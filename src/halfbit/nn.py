@@ -37,11 +37,14 @@ class PackedMatrix(nn.Module):
         self._derived: list[str] = []
         for name, (dtype, size) in entry.tensors.items():
             # what belongs to another module is saved there, and handed over by `share`
-            self.register_buffer(name, torch.empty(size, dtype=dtype), persistent=name not in entry.shared)
+            ours = name not in entry.shared
+            self.register_buffer(name, torch.empty(size if ours else 0, dtype=dtype), persistent=ours)
 
     def share(self, part: str, owner: "PackedMatrix") -> None:
         """Take over a tensor that is stored with `owner`. Raises FormatError where it is not what the entry says."""
         tensor, (dtype, size) = getattr(owner, part, None), self.entry.tensors[part]
+        if part in owner.entry.shared:
+            raise FormatError(f"{part} is shared with a module that has none of its own", tensor=part)
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or list(tensor.shape) != size:
             raise FormatError(f"{part} is shared with a module that has no such tensor {dtype} {size}", tensor=part)
         setattr(self, part, tensor)
@@ -56,7 +59,7 @@ class PackedMatrix(nn.Module):
                 # an empty slice of a file shares its address with the next tensor, which torch.save refuses
                 setattr(self, name, torch.empty_like(getattr(self, name)))
         packed = self.packed()
-        self.codec.check(packed)
+        self.entry.check(packed)
         self._derived.clear()
         for number, tensor in enumerate(self.codec.runtime(packed)):
             same = next((n for n in self.entry.tensors if getattr(self, n) is tensor), None)
