@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,9 +20,10 @@ from test_end_to_end import add_tokenizer, inputs, largest_difference, load
 import halfbit
 from halfbit import formats
 from halfbit.errors import FormatError
+from halfbit.experts import find_experts
 from halfbit.folder import Problem
 from halfbit.layout import Entry, name_of
-from halfbit.nn import PackedLinear, PackedMatrix
+from halfbit.nn import OwnGate, PackedEmbedding, PackedLinear, PackedMatrix
 from halfbit.solve.rtn import rtn
 from halfbit.writer import checksum
 
@@ -58,7 +60,7 @@ def llama(tmp_path_factory) -> Path:
     return root / "out"
 
 
-Q, K, O, UP = (f"model.layers.1.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.o", "mlp.up"))
+Q, K, UP = (f"model.layers.1.{n}_proj" for n in ("self_attn.q", "self_attn.k", "mlp.up"))
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -122,7 +124,7 @@ def test_sizes_are_not_believed(case: str, llama, tmp_path) -> None:
 
 
 def test_what_is_another_modules_takes_no_memory_before_it_is_handed_over() -> None:
-    codec = formats.from_config({"name": "grouped", "bits": 4, "group": 16})
+    codec: Any = formats.from_config({"name": "grouped", "bits": 4, "group": 16})
     (solution,) = rtn(torch.randn(1, 8, 32), None, codec.grid, names=["x"])
     entry = Entry.of(codec.encode(solution), 1, {"order": "elsewhere"})
     assert PackedMatrix(entry).get_buffer("order").numel() == 0
@@ -190,7 +192,7 @@ def test_verify_checks_what_lies_in_several_files(llama, tmp_path) -> None:
 @pytest.mark.parametrize("codec", ["spqr", "grouped"])
 def test_the_number_of_matrices_is_the_entry_s(codec: str) -> None:
     config = {"spqr": {"name": "spqr", "group": 16}, "grouped": {"name": "grouped", "bits": 4, "group": 16}}[codec]
-    chosen = formats.from_config(config)
+    chosen: Any = formats.from_config(config)
     order = torch.randperm(64)
     made = []
     for turn in (order, order.flip(0)):
@@ -203,3 +205,65 @@ def test_the_number_of_matrices_is_the_entry_s(codec: str) -> None:
             setattr(matrix, part, tensor)
         with nullcontext() if right else pytest.raises(FormatError, match=f"expected a stack of {experts}"):
             matrix.prepare()
+
+
+@pytest.mark.parametrize("name", ["spqr", "grouped"])
+def test_an_embedding_refuses_the_ids_that_a_plain_one_refuses(name: str) -> None:
+    codec: Any = formats.from_config({"name": name, "bits": 4, "group": 16})
+    (solution,) = rtn(torch.randn(1, 61, 32), None, codec.grid, names=["x"])
+    packed = codec.encode(solution)
+    matrix = PackedMatrix(Entry.of(packed, 1))
+    for part, tensor in packed.tensors.items():
+        setattr(matrix, part, tensor)
+    table = PackedEmbedding(matrix.prepare(), torch.float32)
+    plain = torch.nn.Embedding.from_pretrained(codec.decode(packed))
+    ids = torch.tensor([[0, 60], [7, 7]])
+    assert torch.equal(table(ids), plain(ids))
+    assert table(ids[:0]).shape == (0, 2, 32)
+    for wrong in (61, 64, 10**6, -1, -61):
+        for layer in (table, plain):
+            with pytest.raises(IndexError, match="out of range"):
+                layer(torch.tensor([3, wrong]))
+
+
+def test_a_model_of_nothing_but_packed_weights_tells_its_device_and_dtype(tmp_path) -> None:
+    source = add_tokenizer(tiny_models.save("olmo", tmp_path / "source"))
+    run(source, tmp_path / "out", EVERYTHING["grouped"])
+    model = load(tmp_path / "out", torch.bfloat16)
+    for part in (model, model.model):
+        assert part.dtype == torch.bfloat16
+        assert part.device.type == "cpu"
+    assert sum(p.numel() for p in model.parameters()) == 0
+    assert model.to(torch.float32).dtype == torch.float32
+    ids = inputs(model)["input_ids"]
+    text = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert text.shape == (2, 14)
+    assert not [n for n in model.state_dict() if n.endswith(".weight")]
+    assert model.load_state_dict(model.state_dict()).missing_keys == []
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again").generate(ids, max_new_tokens=3, do_sample=False), text)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "switch", "nemotron-h"])
+def test_a_model_can_be_pickled(name: str, tmp_path) -> None:
+    source = add_tokenizer(tiny_models.save(name, tmp_path / "source"))
+    run(source, tmp_path / "out", EVERYTHING["grouped"])
+    model = load(tmp_path / "out")
+    torch.save(model, tmp_path / "model.pt")
+    back = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(back(**inputs(model)).logits, model(**inputs(model)).logits)
+
+
+def test_a_gate_of_its_own_is_kept_without_the_weights(tmp_path) -> None:
+    """A gate that no name stands for: it reads a number of the original module."""
+    source = tiny_models.save("gpt-oss", tmp_path / "source")
+    model = load(source)
+    path, stack = next(iter(find_experts(model).items()))
+    module = model.get_submodule(path)
+    gate = OwnGate(stack, module)
+    x = torch.randn(4, 38)
+    again = pickle.loads(pickle.dumps(gate))
+    assert torch.equal(again(x), stack.gate(module)(x))
+    assert len(pickle.dumps(gate)) < sum(p.nbytes for p in module.parameters())
+    assert all(p is not None for p in module._parameters.values())

@@ -1,6 +1,6 @@
 """Tiny random models of every family, saved as checkpoints: odd sizes, random routers, biases and norms.
 
-`save` writes one of `CONFIGS` or `FILLED` the way transformers does, which for many mixtures of experts is one tensor
+`save` writes one of the configs below the way transformers does, which for many mixtures of experts is one tensor
 per expert; `save_as_built` writes the weights under their own names instead (3-D experts), `save_mxfp4` and `save_fp8`
 in the quantized layouts of gpt-oss and DeepSeek-V3. Every weight and saved buffer is random, so that none is left out
 unseen.
@@ -32,6 +32,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     NemotronHConfig,
+    OlmoConfig,
     OlmoeConfig,
     OPTConfig,
     PhimoeConfig,
@@ -158,10 +159,13 @@ FILLED: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 
+# its norms have no weights
+NOTHING_ELSE: dict[str, PreTrainedConfig] = {"olmo": make(OlmoConfig, **COMMON, intermediate_size=41)}
+
 
 def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
     """A checkpoint as `save_pretrained` writes it."""
-    config = deepcopy((CONFIGS | FILLED)[name])
+    config = deepcopy((CONFIGS | FILLED | NOTHING_ELSE)[name])
     builder = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = builder.from_config(config, dtype=torch.float32)
     model.load_state_dict(_random(config, torch.Generator().manual_seed(0)), strict=False)

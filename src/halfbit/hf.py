@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -93,6 +94,7 @@ class HalfbitQuantizer(HfQuantizer):
                     module.prepare()
                 except FormatError as e:
                     raise FormatError(f"{name}: {e}", tensor=name) from e
+        _leave_a_parameter(model)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
@@ -121,6 +123,19 @@ def _refuse_missing(model: Any) -> None:
             continue
         if not any(re.search(pattern, name) for pattern in allowed):
             raise FormatError(f"{name}: no file of this folder has this weight; halfbit verify tells more", tensor=name)
+
+
+def _leave_a_parameter(model: nn.Module) -> None:
+    """Where nothing but packed weights is left, transformers finds no parameter that tells a model's device and dtype:
+    the first packed layer gives one."""
+    # from the innermost model on, whose parameter is one of the outer model too
+    for part in reversed([m for m in model.modules() if isinstance(m, PreTrainedModel)]):
+        if any(p.is_floating_point() for p in part.parameters()):
+            continue
+        layer = next((m for m in part.modules() if isinstance(m, PackedLinear | PackedEmbedding)), None)
+        # a hook that offloads would look for the parameter among the weights
+        if layer is not None and not getattr(getattr(layer, "_hf_hook", None), "offload", False):
+            layer.stand_in()
 
 
 def _layer(model: nn.Module, path: str) -> nn.Module:

@@ -6,6 +6,7 @@ transformers' experts module, linear layer and embedding. Nothing is expanded be
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -144,6 +145,19 @@ def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str,
     return None
 
 
+class OwnGate:
+    """The gate of an experts module, with what it reads of that module and without the weights. Can be pickled, which a
+    bound method under another name cannot."""
+
+    def __init__(self, stack: ExpertStack, original: nn.Module):
+        self._stack = stack
+        # a copy in which every weight is None
+        self._holder = deepcopy(original, {id(p): None for p in original.parameters()})
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._stack.gate(self._holder)(x)
+
+
 # --- the layer
 
 
@@ -256,9 +270,8 @@ class PackedExperts(nn.Module):
             self.register_parameter(name, original.get_parameter(name))
         if stack.post_norm is not None:
             self.add_module(stack.post_norm, original.get_submodule(stack.post_norm))
-        # the original lives on in its gate, outside of this module's own weights
-        self._gate = stack.gate(original)
-        self._named_gate = name_gate(self._gate, original) if stack.post_norm is None else None
+        self._named_gate = name_gate(stack.gate(original), original) if stack.post_norm is None else None
+        self._gate = None if self._named_gate is not None else OwnGate(stack, original)
 
     def matrix(self, name: str) -> PackedMatrix:
         """The packed matrix of a projection."""
@@ -294,6 +307,7 @@ class PackedExperts(nn.Module):
                 numbers,
             )
         else:
+            assert self._gate is not None
             post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
             out = experts_forward(hidden, index, weights, experts, up, down, self._gate, up_bias, down_bias, post)
         given = args[0] if args else kwargs[self.stack.arguments[0]]
@@ -312,14 +326,19 @@ def _(x: Tensor, operands: list[Tensor], codec: str, out_features: int) -> Tenso
 
 
 @torch.library.custom_op("halfbit::lookup", mutates_args=())
-def lookup_op(rows: Tensor, operands: list[Tensor], codec: str, columns: int) -> Tensor:
-    """int64 `[n]` -> float32 `[n, columns]`: rows of one packed matrix; `codec` is JSON."""
-    return _codec(codec).lookup(rows, operands, columns)
+def lookup_op(rows: Tensor, operands: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+    """int64 `[n]` -> float32 `[n, columns]`: rows of one packed matrix `[rows, columns]`; `codec` is JSON.
+
+    Raises IndexError for a row that is outside; on a GPU, which would have to be waited for, this is not looked at.
+    """
+    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < shape[0]:
+        raise IndexError(f"index out of range: rows 0 to {shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}")
+    return _codec(codec).lookup(rows, operands, shape[1])
 
 
 @lookup_op.register_fake
-def _(rows: Tensor, operands: list[Tensor], codec: str, columns: int) -> Tensor:
-    return torch.empty(rows.shape[0], columns, dtype=torch.float32, device=rows.device)
+def _(rows: Tensor, operands: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+    return torch.empty(rows.shape[0], shape[1], dtype=torch.float32, device=rows.device)
 
 
 class _PackedLayer(nn.Module):
@@ -330,6 +349,8 @@ class _PackedLayer(nn.Module):
         dtype: what the weight had: some models ask a layer for it. Follows `.to(dtype)`.
         tied: the matrix belongs to another module (tied embeddings), which saves it and moves it.
     """
+
+    weight: Tensor
 
     def __init__(self, matrix: PackedMatrix, dtype: torch.dtype, tied: bool):
         super().__init__()
@@ -345,6 +366,28 @@ class _PackedLayer(nn.Module):
         found = self._borrowed[0] if self._borrowed else self.get_submodule(packed_name(WEIGHT))
         assert isinstance(found, PackedMatrix)
         return found
+
+    def stand_in(self) -> None:
+        """Make the empty weight a parameter, which is never saved: a model without any cannot tell what it is in."""
+        weight = self.get_buffer(WEIGHT)
+        delattr(self, WEIGHT)
+        self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}{WEIGHT}", None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}{WEIGHT}"]
 
 
 class PackedLinear(_PackedLayer):
@@ -389,8 +432,8 @@ class PackedEmbedding(_PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         matrix = self.matrix
-        rows = lookup_op(input.reshape(-1), matrix.operands(), matrix.codec_config, self.embedding_dim)
-        return rows.to(self.get_buffer(WEIGHT).dtype).view(*input.shape, self.embedding_dim)
+        rows = lookup_op(input.reshape(-1), matrix.operands(), matrix.codec_config, list(matrix.shape[1:]))
+        return rows.to(self.weight.dtype).view(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
