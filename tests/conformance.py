@@ -6,12 +6,14 @@ default one.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from halfbit import registry
 from halfbit.errors import FormatError, Unsupported
+from halfbit.grids.bilevel import Bilevel
 from halfbit.solve.rtn import rtn
 from halfbit.types import Codec, Grid, Outliers, Packed, Params, Solution
 
@@ -124,7 +126,7 @@ def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Itera
     # constant rows (of which no value is 0.0), rows of one sign, rows of zeros
     w[:, 1::8], w[:, 3::8], w[:, 5::8], w[:, 7::8] = 0.7, -0.3, w[:, 5::8].abs(), 0
     found = False
-    for grid in dict.fromkeys(grids() + _own_grid(codec)):
+    for grid in _stored_grids(codec):
         (solution,) = rtn(w, None, grid, names=["w"])
         for with_more in (solution, _ordered(solution, random), _with_outliers(_ordered(solution, random), random)):
             try:
@@ -134,6 +136,20 @@ def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Itera
             found = True
             yield with_more
     assert found, f"{codec!r} stores none of the grids of conformance.VARIANTS; add one"
+
+
+@cache
+def _stored_grids(codec: Codec) -> list[Grid]:
+    """What the codec takes, tried on two weights; statistics are found the quick way, since no codec knows how."""
+    stored = []
+    for grid in dict.fromkeys(grids() + _own_grid(codec)):
+        quick = replace(grid, fitting="min-max") if isinstance(grid, Bilevel) else grid
+        try:
+            codec.encode(rtn(torch.tensor([[[-1.0, 1.0]]]), None, quick, names=["w"])[0])
+        except Unsupported:
+            continue
+        stored.append(quick)
+    return stored
 
 
 def _ordered(solution: Solution, random: torch.Generator) -> Solution:
