@@ -435,8 +435,8 @@ def test_rules_that_do_nothing_are_told(made, tmp_path) -> None:
     source, _, _ = made("mixtral")
     rule = recipe.load("qmoe").to_toml().split("[solving]")[0].split("[[rules]]")[1]
     chosen = Recipe.from_toml(
-        recipe.load("qmoe").to_toml() + "[[rules]]" + rule.replace("*.experts.*", "*.self_attn.*")
+        recipe.load("qmoe").to_toml() + "[[rules]]" + rule.replace("*.experts.*", "*.norm_of_nothing")
     ).calibrated(samples=2, sequence_length=12)
     events = list(compress(str(source), tmp_path / "out", chosen, text(source)))
     told = [e.message for e in events if isinstance(e, Noticed)]
-    assert any("'*.self_attn.*' is the first match of no expert matrix" in m for m in told)
+    assert any("'*.norm_of_nothing' is the first match of no matrix" in m for m in told)
