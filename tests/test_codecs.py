@@ -38,7 +38,7 @@ def with_levels(codes: list[list[int]], levels: list[list[float]]) -> Solution:
 
 
 @all_codecs
-@pytest.mark.parametrize("columns", range(1, 34))
+@pytest.mark.parametrize("columns", [*range(1, 10), *range(15, 19), *range(30, 34)])
 def test_decoding_gives_what_was_encoded_at_every_width(codec: Codec, columns: int):
     for solution in conformance.solutions_for(codec, 3, columns, seed=columns):
         conformance.check_law(codec, solution)
