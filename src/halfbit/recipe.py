@@ -26,13 +26,14 @@ from fnmatch import fnmatchcase
 from importlib.resources import files
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 import torch
 
 from halfbit import formats, grids, registry
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
+from halfbit.solve.orders import Order
 from halfbit.solve.rtn import rtn
 from halfbit.types import Codec, Grid
 
@@ -41,7 +42,7 @@ SOLVERS = ("gptq", "rtn")
 ROUTERS = ("*.gate", "*.shared_expert_gate", "*router*")
 # a module path with a number in it: what lies in a block
 IN_BLOCKS = "*.[0-9]*.*"
-ORDERS = ("identity", "act_order", "sensitivity")
+ORDERS = get_args(Order)
 BUDGETS = ("tau", "outliers", "bits")
 UNDERSAMPLED = ("shrink", "identity", "fail")
 

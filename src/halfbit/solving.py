@@ -1,6 +1,7 @@
 """One rule of a recipe applied to matrices of one shape: which solver, with what damping, order and outliers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -43,25 +44,11 @@ def solve(
 
     Raises what grids and solvers raise, with the name of the first matrix.
     """
-    try:
-        return _solve(w, hessian, rule, solving, names, notices, order_is_stored)
-    except Unsupported as e:
-        raise Unsupported(f"{names[0]}{' and others' if len(names) > 1 else ''}: {e}") from e
-
-
-def _solve(
-    w: Tensor,
-    hessian: Tensor | None,
-    rule: Rule,
-    solving: Solving,
-    names: list[str],
-    notices: list[str],
-    order_is_stored: bool,
-) -> list[Solution]:
     grid = rule.grid
     assert grid is not None
     if rule.solver == "rtn":
-        return [on_cpu(s) for s in rtn(w, hessian, grid, names=names)]
+        with _naming(names):
+            return [on_cpu(s) for s in rtn(w, hessian, grid, names=names)]
 
     assert hessian is not None
 
@@ -81,13 +68,23 @@ def _solve(
     def with_share(share: float) -> list[Solution]:
         return gptq_with_share(w, hessian, grid, share, **shared)
 
-    if rule.outliers is not None:
-        found = with_share(rule.outliers)
-    elif rule.bits is not None:
-        found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
-    else:
-        found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
+    with _naming(names):
+        if rule.outliers is not None:
+            found = with_share(rule.outliers)
+        elif rule.bits is not None:
+            found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
+        else:
+            found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
     return [on_cpu(s) for s in found]
+
+
+@contextmanager
+def _naming(names: list[str]) -> Iterator[None]:
+    """Grids do not know which matrix they are fitted to: their Unsupported gets the first name."""
+    try:
+        yield
+    except Unsupported as e:
+        raise Unsupported(f"{names[0]}{' and others' if len(names) > 1 else ''}: {e}") from e
 
 
 def _within(
