@@ -255,5 +255,5 @@ def test_damaged_configs_are_refused(config):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UnknownName, match="affine, bilevel, ternary"):
+    with pytest.raises(UnknownName, match="affine, bilevel, deadzone, ternary"):
         grids.from_config({"name": "os"})

@@ -1,0 +1,73 @@
+"""Ternary grid {-scale, 0, +scale} per row, symmetric, with a scale that is itself coded in a few bits.
+
+Unlike the min-max ternary of `ternary.py` its scale is where it costs least, and a weight need not go to the nearest
+value: what a non-zero costs in bits is weighed against what it saves in error (entropy-constrained quantization,
+Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian random variables").
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from halfbit.errors import NonFinite, RecipeError
+from halfbit.types import Params
+
+
+@dataclass(frozen=True)
+class Deadzone:
+    """Code 0 is 0.0, code 1 is -scale, code 2 is +scale.
+
+    Attributes:
+        scale_bits: of each row's scale, 2 to 8; scale = lowest + step * code with two numbers per matrix.
+    """
+
+    scale_bits: int = 5
+
+    name: ClassVar[str] = "deadzone"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.scale_bits <= 8:
+            raise RecipeError(f"Deadzone: scale_bits must be 2 to 8, got {self.scale_bits}")
+
+    @property
+    def group(self) -> None:
+        """The whole row has one scale."""
+        return None
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """{"scale_codes": uint8 [..., out], "scale_grid": bfloat16 [..., 1, 2]}, lowest and step."""
+        if not torch.isfinite(w).all():
+            raise NonFinite("Deadzone: a weight is NaN or infinite, so its row has no scale")
+        return self.store(2.0 * w.abs().mean(-1))
+
+    def store(self, scale: Tensor) -> Params:
+        """Parameters whose scales are as near to `scale` `[..., out]`, at least 0, as the bits allow."""
+        largest = torch.finfo(torch.bfloat16).max
+        low, high = scale.amin(-1, keepdim=True), scale.amax(-1, keepdim=True)
+        codes = (1 << self.scale_bits) - 1
+        lowest = low.clamp(max=largest / 2).to(torch.bfloat16)
+        step = ((high.clamp(max=largest / 2) - lowest) / codes).clamp(min=0).to(torch.bfloat16)
+        wide = step.to(scale.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+        code = ((scale - lowest) / wide).round().clamp(0, codes).masked_fill(step == 0, 0)
+        return {"scale_codes": code.to(torch.uint8), "scale_grid": torch.cat([lowest, step], -1)[..., None, :]}
+
+    def ready(self, params: Params) -> Params:
+        """{"scale": float32 [..., out, 1]}."""
+        if "scale" in params:
+            return params
+        lowest, step = params["scale_grid"].to(torch.float32).unbind(-1)
+        # the product is exact, so the sum is rounded once, with or without a fused multiply-add
+        return {"scale": (lowest + step * params["scale_codes"])[..., None]}
+
+    def nearest(self, w: Tensor, params: Params) -> Tensor:
+        half = self.ready(params)["scale"] / 2
+        return (2 * (w > half).to(torch.uint8)) + (w < -half).to(torch.uint8)
+
+    def values(self, codes: Tensor, params: Params) -> Tensor:
+        scale = self.ready(params)["scale"]
+        return torch.where(codes == 2, scale, torch.where(codes == 1, -scale, torch.zeros_like(scale)))
+
+
+GRID = Deadzone
