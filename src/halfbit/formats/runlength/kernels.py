@@ -1,0 +1,36 @@
+"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+
+`halfbit::runlength_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbit.formats.runlength import reference
+from halfbit.formats.runlength.lanes import Lanes
+
+
+def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.encode`."""
+    return reference.encode(codes, lanes)
+
+
+def decode(stream: Tensor, offsets: Tensor, of_tile: Tensor, entries: Tensor, lanes: Lanes) -> Tensor:
+    """See `reference.decode`."""
+    return reference.decode(stream, offsets, of_tile, entries, lanes)
+
+
+@torch.library.custom_op(
+    "halfbit::runlength_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
+)
+def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    """See `Codec.product`; `tensors` are those of `RunLength.runtime`."""
+    stream, offsets, of_tile, exponents, levels, entries = tensors
+    return reference.product(x, starts, stream, offsets, of_tile, exponents, levels, entries, out_features)
+
+
+@product.register_fake
+def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
