@@ -30,7 +30,7 @@ from halfbit.activations import Activations, Routed
 from halfbit.claims import Claims
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
-from halfbit.expert_groups import Group, max_tokens, solve
+from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
 from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
@@ -147,7 +147,7 @@ def compress(
                     yield from _solve(family, stack, pair, recipe, routed, writer, device)
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
-                    _run(family, stack, back, recipe, routed, device)
+                    run_through(family, stack, routed, recipe.solving.experts_per_batch, device, back)
                 if flow and routed is not None:
                     flow.give(stack, routed)
                 del routed  # or it would live through the next block
@@ -206,7 +206,7 @@ def _solve(
     """Solve and write the experts of one module, group by group; their outputs go to `routed`."""
     packed: tuple[list[Packed], list[Packed]] = ([], [])
     tokens: list[int] = []
-    for experts in _groups(stack, recipe):
+    for experts in batches(stack, recipe.solving.experts_per_batch):
         group = Group.read(family, stack, experts, device)
         solved = solve(group, rules, recipe, routed)
         yield from map(Noticed, solved.notices)
@@ -226,22 +226,6 @@ def _solve(
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
 
 
-def _run(
-    family: Family, stack: ExpertStack, stored: list[Packed] | None, recipe: Recipe, routed: Routed, device: str
-) -> None:
-    """The outputs of experts that are not to be solved: read back from an earlier run, or left as they were."""
-    for experts in _groups(stack, recipe):
-        group = Group.read(family, stack, experts, device)
-        if stored is not None:
-            group = group.decoded(*([_rows(whole, stack, e) for e in experts] for whole in stored))
-        group.run(routed)
-
-
-def _groups(stack: ExpertStack, recipe: Recipe) -> list[range]:
-    step = recipe.solving.experts_per_batch
-    return [range(i, min(i + step, stack.num_experts)) for i in range(0, stack.num_experts, step)]
-
-
 def _compressed(claims: Claims, stacks: Iterable[ExpertStack], linears: Iterable[Linear]) -> set[str]:
     """Checkpoint tensors whose weights are stored in packed form (biases are not)."""
     weights = [name for stack in stacks for projection in stack.projections for name in stack.parameters(projection)]
@@ -259,10 +243,6 @@ def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> l
         entry = Entry.parse(config, f"{stack.path}.{projection}")
         found.append(entry.packed({part: tensors[stored_name(stack.path, projection, part)] for part in entry.tensors}))
     return found
-
-
-def _rows(whole: Packed, stack: ExpertStack, expert: int) -> Packed:
-    return whole.codec.part(whole, expert, stack.num_experts)
 
 
 def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:

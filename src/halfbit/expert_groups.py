@@ -99,6 +99,22 @@ class Group:
                 routed.outputs.index_add_(0, chunk, y.to(routed.outputs))
 
 
+def batches(stack: ExpertStack, size: int) -> list[range]:
+    """The experts of a module, at most `size` at a time."""
+    return [range(i, min(i + size, stack.num_experts)) for i in range(0, stack.num_experts, size)]
+
+
+def run_through(
+    family: Family, stack: ExpertStack, routed: Routed, size: int, device: str, stored: list[Packed] | None = None
+) -> None:
+    """The outputs of experts that are not to be solved: as they were, or as `stored`, the two tall matrices, says."""
+    for experts in batches(stack, size):
+        group = Group.read(family, stack, experts, device)
+        if stored is not None:
+            group = group.decoded(*([w.codec.part(w, e, stack.num_experts) for e in experts] for w in stored))
+        group.run(routed)
+
+
 @dataclass(frozen=True, eq=False)
 class SolvedGroup:
     """What was decided: solutions, one per expert, on the CPU; training tokens per expert; notices."""

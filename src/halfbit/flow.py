@@ -232,6 +232,12 @@ class Flow:
             self.activations.view(batch).copy_(hidden)
         return self.activations
 
+    def logits(self) -> Iterator[Tensor]:
+        """What the model makes of each batch after the last block, `[tokens, vocabulary]`, sample after sample."""
+        for number, batch in enumerate(self._batches):
+            logits = self._part.end(self.activations.view(batch).to(self._device), self._contexts[number])
+            yield logits.reshape(-1, logits.shape[-1])
+
     def _run(self, block: str, number: int, batch: range) -> Tensor:
         return self._part.run(block, self.activations.view(batch).to(self._device), self._contexts[number])
 
