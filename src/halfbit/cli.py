@@ -24,7 +24,7 @@ from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import CalibrationError, HalfbitError, RecipeError, Unsupported
 from halfbit.evaluate import evaluate, load
-from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved
+from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved, Tuned
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
@@ -97,13 +97,16 @@ def compress(
     ] = None,
     corruption: Annotated[str | None, typer.Option(help="Of encoder-decoder models: t5 or fixed. [recipe: t5]")] = None,
     bits: Annotated[
-        float | None, typer.Option(help="SpQR rules: as many outliers as fit in so many stored bits per weight.")
+        float | None, typer.Option(help="Stored bits per weight: of ternary experts, or of SpQR with its outliers.")
     ] = None,
     outliers: Annotated[
         float | None, typer.Option(help="SpQR rules: this share of weights as outliers, 0.005.")
     ] = None,
     tau: Annotated[
         float | None, typer.Option(help="SpQR rules: outliers by the paper's relative threshold, 0.2.")
+    ] = None,
+    tune: Annotated[
+        int | None, typer.Option(min=0, help="Steps of tuning towards the original on the whole text. [recipe]")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -123,6 +126,7 @@ def compress(
         raise RecipeError(f"--{' and --'.join(budgets)} are ways to say one thing; give one of them")
     for budget, value in budgets.items():
         chosen = chosen.budgeted(budget, value)
+    chosen = chosen if tune is None else chosen.tuned(steps=tune)
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     _tell(folder, as_json)
 
@@ -186,6 +190,8 @@ def show_progress(events: Any) -> None:
                     progress.update(task, description=f"{block}{' (read back)' if resumed else ''}")
                 case Solved() | Imported():
                     progress.advance(task)
+                case Tuned(step=step, steps=steps, loss=loss):
+                    progress.update(task, total=steps, completed=step, description=f"tuning, {loss:.4f} nats")
                 case Noticed(message=message):
                     progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
                 case Finished(folder=folder):

@@ -18,6 +18,7 @@ committed blocks are read back instead of solved.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +44,12 @@ from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 from halfbit.storing import fingerprint_of, folder_config, put_experts, put_outer
+from halfbit.tune import tune
 from halfbit.types import Packed
 from halfbit.writer import Writer
+
+# inside the folder, until the tuned model is there
+UNTUNED = ".untuned"
 
 
 def compress(
@@ -56,7 +61,7 @@ def compress(
     device: str = "cpu",
     revision: str | None = None,
 ) -> Iterator[Event]:
-    """Compress `source` into `folder` by `recipe`.
+    """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
     Args:
         source: model folder or hub id.
@@ -67,6 +72,41 @@ def compress(
     Yields:
         events, the last of them `Finished`.
     """
+    if recipe.tuning.steps == 0:
+        yield from _compress(source, folder, recipe, calibration, device=device, revision=revision)
+        return
+    reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
+    family = open_family(reader)
+    # tuning wants all of the text
+    if recipe.calibration.sequence_length == 0:
+        recipe = recipe.calibrated(sequence_length=longest(family.config))
+    documents, samples = _samples(reader, family, recipe, calibration, every=True)
+    about = {
+        "halfbit": version("halfbit"),
+        "source": Path(source).name,
+        "recipe": recipe.name,
+        "calibration": fingerprint(documents),
+        "threads": torch.get_num_threads(),
+    }
+    writer = Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
+    if not writer.complete:
+        steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision)
+        yield from (event for event in steps if not isinstance(event, Finished))
+        yield from tune(source, untuned, writer, samples, recipe.tuning, device=device)
+    shutil.rmtree(untuned, ignore_errors=True)
+    yield Finished(writer.folder)
+
+
+def _compress(
+    source: str,
+    folder: str | Path,
+    recipe: Recipe,
+    calibration: str | None,
+    *,
+    device: str,
+    revision: str | None,
+) -> Iterator[Event]:
+    """As `compress`, without tuning."""
     reader = Reader(source, revision)
     family = open_family(reader)
     claims, dtype = family.claims(), _compute_dtype(reader, device)
@@ -271,8 +311,10 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
     return first, last
 
 
-def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None) -> tuple[list[str], list[Sample]]:
-    """The calibration text, and the samples that the recipe wants of it."""
+def _samples(
+    reader: Reader, family: Family, recipe: Recipe, source: str | None, *, every: bool = False
+) -> tuple[list[str], list[Sample]]:
+    """The calibration text, and the samples that the recipe wants of it, or every sample it gives."""
     if source is None:
         raise CalibrationError(
             "this recipe looks at data: give --calibration FILE (text or .jsonl) or a data set name; "
@@ -280,9 +322,12 @@ def _samples(reader: Reader, family: Family, recipe: Recipe, source: str | None)
         )
     c = recipe.calibration
     # a token is hardly ever longer than 16 characters; a draw of windows wants the whole text
-    documents = read_text(source, c.samples * c.sequence_length * 16 if c.seed < 0 else None)
+    some = c.seed < 0 and not every
+    documents = read_text(source, c.samples * c.sequence_length * 16 if some else None)
     tokenizer = load_tokenizer(reader.source, reader.revision)
-    rows = windows(tokenize(tokenizer, documents), c.samples, c.sequence_length, c.seed, origin=source)
+    tokens = tokenize(tokenizer, documents)
+    count = max(1, len(tokens) // c.sequence_length) if every else c.samples
+    rows = windows(tokens, count, c.sequence_length, c.seed, origin=source)
     found = samples_of(rows, tokenizer, family.config, seed=c.seed, corruption=c.corruption, origin=source)
     return documents, found if c.mask_special else [s.unmasked() for s in found]
 

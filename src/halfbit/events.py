@@ -41,6 +41,15 @@ class Imported:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """One step of tuning; `loss` is the divergence from the original on its tokens, in nats."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Noticed:
     """Something a user should know that does not stop the run."""
 
@@ -58,4 +67,4 @@ class Finished:
     folder: Path
 
 
-Event = Began | BlockBegan | Solved | Imported | Noticed | BlockDone | Finished
+Event = Began | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Finished

@@ -7,7 +7,7 @@ transformers' experts module, linear layer and embedding. Nothing is expanded be
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -122,6 +122,10 @@ GATES: dict[str, Callable[..., Tensor]] = {
     **{f"plain:{name}": _plain(name) for name in _ACTIVATIONS},
     "clamped-swiglu": _clamped_swiglu,
 }
+
+
+def _named(name: str, numbers: list[float], x: Tensor) -> Tensor:
+    return GATES[name](x, *numbers)
 
 
 def name_gate(gate: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[str, list[float]] | None:
@@ -284,13 +288,25 @@ class PackedExperts(nn.Module):
         # one alone is not copied: this runs for every token
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0] if found else None
 
+    def run(self, hidden: Tensor, index: Tensor, weights: Tensor, up: Product, down: Product) -> Tensor:
+        """The layer with other products in the places of its own, not as one op; see `experts_forward`."""
+        if self._named_gate is not None:
+            name, numbers = self._named_gate
+            gate: Callable[[Tensor], Tensor] = partial(_named, name, numbers)
+        else:
+            assert self._gate is not None
+            gate = self._gate
+        up_bias, down_bias = (self._bias(names) for names in self._biases)
+        post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
+        experts = self.stack.num_experts
+        return experts_forward(hidden, index, weights, experts, up, down, gate, up_bias, down_bias, post)
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         hidden, index, weights = self.stack.route(args, kwargs)
         up, down = self.matrix(self._up), self.matrix(self._down)
-        up_bias, down_bias = (self._bias(names) for names in self._biases)
-        experts = self.stack.num_experts
         if self._named_gate is not None:
             gate, numbers = self._named_gate
+            up_bias, down_bias = (self._bias(names) for names in self._biases)
             out = experts_op(
                 hidden,
                 index,
@@ -301,15 +317,13 @@ class PackedExperts(nn.Module):
                 down_bias,
                 up.codec_config,
                 down.codec_config,
-                experts,
+                self.stack.num_experts,
                 [up.shape[1], down.shape[1]],
                 gate,
                 numbers,
             )
         else:
-            assert self._gate is not None
-            post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
-            out = experts_forward(hidden, index, weights, experts, up, down, self._gate, up_bias, down_bias, post)
+            out = self.run(hidden, index, weights, up, down)
         given = args[0] if args else kwargs[self.stack.arguments[0]]
         return out.view_as(given)
 

@@ -33,6 +33,7 @@ import torch
 
 from halfbit import formats, grids, registry
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
+from halfbit.grids.deadzone import Deadzone
 from halfbit.solve.orders import Order
 from halfbit.solve.rtn import rtn
 from halfbit.types import Codec, Grid
@@ -66,7 +67,8 @@ class Rule:
     outliers: float | None = None
     """Outliers by their share; the threshold is searched for every matrix."""
     bits: float | None = None
-    """Outliers by the stored bits per weight, everything included; the threshold is searched for every matrix."""
+    """Stored bits per weight, everything included: by outliers, whose threshold is searched for every matrix, or by the
+    spread of the grid deadzone, searched for every batch of experts."""
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -86,7 +88,7 @@ class Rule:
         if self.solver == "rtn" and (budgets or self.order != "identity"):
             raise RecipeError(f"{where}: rtn has neither outliers nor a column order; use solver = 'gptq'")
         parts = () if self.codec is None else self.codec.parts
-        if budgets and "outlier_values" not in parts:
+        if any(not self.takes(budget) for budget in budgets):
             raise RecipeError(f"{where}: {' '.join(budgets)}: this codec stores no outliers; use codec 'spqr'")
         if self.order != "identity" and "order" not in parts:
             raise RecipeError(f"{where}: this codec stores no column order; use codec 'spqr' or 'grouped'")
@@ -95,6 +97,12 @@ class Rule:
                 self.codec.encode(rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])[0])
             except Unsupported as e:
                 raise RecipeError(f"{where}: grid and codec do not fit together: {e}") from e
+
+    def takes(self, budget: str) -> bool:
+        """Whether there is something in the rule that can be chosen to keep such a budget."""
+        if self.solver == "rtn" or self.codec is None:
+            return False
+        return "outlier_values" in self.codec.parts or (budget == "bits" and isinstance(self.grid, Deadzone))
 
 
 @dataclass(frozen=True)
@@ -156,12 +164,37 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """After compressing: KL divergence to the original on the calibration text, of all that stays continuous."""
+
+    steps: int = 0
+    """0: no tuning."""
+    batch_tokens: int = 2048
+    learning_rate: float = 0.02
+    """Of Adam, in units of each tensor's root mean square."""
+    codes: bool = True
+    """Let ternary codes change too (straight-through); takes the memory of the experts in float32, four times."""
+    dense: bool = True
+    """Linear layers that are not compressed learn too, not only norms, biases, routers and scales."""
+    held_back: float = 0.05
+    """Share of the text that is not learned from; if it does not gain, nothing is changed."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 0 or self.batch_tokens < 1 or not 0 < self.learning_rate < 1 or not 0 < self.held_back < 1:
+            raise RecipeError(
+                f"tuning: steps must be >= 0, batch_tokens >= 1, learning_rate and held_back in (0, 1); got {self}"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     rules: tuple[Rule, ...]
     solving: Solving = field(default_factory=Solving)
     coverage: Coverage = field(default_factory=Coverage)
     calibration: Calibration = field(default_factory=Calibration)
+    tuning: Tuning = field(default_factory=Tuning)
 
     def rule(self, matrix: str) -> Rule | None:
         """The first rule that matches `module.path.projection`, or None: stored as it was."""
@@ -176,12 +209,19 @@ class Recipe:
         """The recipe with some calibration fields replaced (what the command line gives wins over the file)."""
         return replace(self, calibration=replace(self.calibration, **changes))
 
+    def tuned(self, **changes: Any) -> "Recipe":
+        """The recipe with some tuning fields replaced."""
+        return replace(self, tuning=replace(self.tuning, **changes))
+
     def budgeted(self, budget: str, value: float) -> "Recipe":
-        """The recipe with one of BUDGETS for every rule whose codec stores outliers, in place of what the rule said."""
+        """The recipe with one of BUDGETS for every rule that can keep it, in place of what the rule said."""
         clean = dict.fromkeys(BUDGETS)
-        takes = [r.solver != "rtn" and r.codec is not None and "outlier_values" in r.codec.parts for r in self.rules]
+        takes = [rule.takes(budget) for rule in self.rules]
         if not any(takes):
-            raise RecipeError(f"recipe {self.name!r} has no rule that stores outliers; {budget} says nothing to it")
+            raise RecipeError(
+                f"recipe {self.name!r} has no rule that could keep it: {budget} says nothing to it; rules with the "
+                "codec 'spqr' take all budgets, those with the grid 'deadzone' bits"
+            )
         return replace(
             self,
             rules=tuple(
@@ -199,7 +239,7 @@ class Recipe:
                 row |= {"codec": _without_none(formats.to_config(rule.codec))}
                 row |= _without_none({k: getattr(rule, k) for k in ("order", "damping", *BUDGETS)})
             table["rules"].append(row)
-        table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration")}
+        table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration", "tuning")}
         return tomli_w.dumps(table)
 
     @classmethod
@@ -208,7 +248,7 @@ class Recipe:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as e:
             raise RecipeError(f"{origin}: not valid TOML: {e}") from e
-        sections = {"solving": Solving, "coverage": Coverage, "calibration": Calibration}
+        sections = {"solving": Solving, "coverage": Coverage, "calibration": Calibration, "tuning": Tuning}
         _only(table, {"name", "rules", *sections}, origin)
         if not isinstance(table.get("rules"), list) or not table["rules"]:
             raise RecipeError(f"{origin}: needs at least one [[rules]] table with match, solver, grid and codec")

@@ -3,15 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbit.errors import RecipeError, Unsupported
+from halfbit.grids.deadzone import Deadzone
 from halfbit.recipe import Rule, Solving
 from halfbit.solve.budget import gptq_with_share
-from halfbit.solve.gptq import gptq
+from halfbit.solve.gptq import gptq, prepare
+from halfbit.solve.gptq import solve as solve_problem
 from halfbit.solve.hessian import Repair
+from halfbit.solve.loss import measured
+from halfbit.solve.rate import at_rate
 from halfbit.solve.rtn import rtn
 from halfbit.types import Solution
 
@@ -71,6 +76,8 @@ def solve(
     with _naming(names):
         if rule.outliers is not None:
             found = with_share(rule.outliers)
+        elif rule.bits is not None and isinstance(grid, Deadzone):
+            found = _at_rate(rule.bits, w, hessian, rule, grid, shared, notices)
         elif rule.bits is not None:
             found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
         else:
@@ -85,6 +92,31 @@ def _naming(names: list[str]) -> Iterator[None]:
         yield
     except Unsupported as e:
         raise Unsupported(f"{names[0]}{' and others' if len(names) > 1 else ''}: {e}") from e
+
+
+def _at_rate(
+    bits: float,
+    w: Tensor,
+    hessian: Tensor,
+    rule: Rule,
+    grid: Deadzone,
+    shared: dict[str, Any],
+    notices: list[str],
+) -> list[Solution]:
+    """With the spread at which the batch takes `bits` per weight."""
+    block = shared.pop("block")
+    problem = prepare(w, hessian, fallback="identity", **shared)
+
+    def of(candidate: Deadzone) -> list[Solution]:
+        answer = solve_problem(problem, candidate, None, block)
+        return [answer.solution(problem, candidate, e) for e in range(w.shape[0])]
+
+    found, used = at_rate(bits, of, lambda s: _bits(s, rule, True), grid, CLOSE_ENOUGH)
+    if abs(used - bits) > TOLD * bits:
+        names = shared["names"]
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notices.append(f"{names[0]}{others}: {used:.3f} stored bits per weight where {bits:g} were asked for")
+    return [measured(s, w[e], hessian[e]) for e, s in enumerate(found)]
 
 
 def _within(

@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,8 +109,8 @@ class Writer:
                     "Give another folder, or delete this one"
                 )
         else:
-            # a temporary file of ours may be left of a run that was killed at its first write
-            if self.folder.exists() and any(not re.fullmatch(r"\..*\.tmp", p.name) for p in self.folder.iterdir()):
+            # hidden files may be ours: what a kill at the first write leaves, or a model that waits to be tuned
+            if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise OutputError(f"{self.folder}: is not empty and holds no halfbit run; give a new or empty folder")
             with _disk(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,170 @@
+"""Compressed experts as modules that learn: scales and levels, and on request the codes too.
+
+A ternary matrix is codes times the scales of its rows. With the codes as they are, its scales have a gradient like any
+weight. To let codes change, each weight has a latent value that is rounded anew in every step and takes the gradient of
+the rounded one (straight-through; Bengio et al. 2013, https://arxiv.org/abs/1308.3432); the threshold follows the
+latent values, so that a matrix keeps its number of non-zeros, and with it its size.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbit.errors import Unsupported
+from halfbit.formats.qmoe import QMoE
+from halfbit.formats.runlength import RunLength
+from halfbit.grids.deadzone import Deadzone
+from halfbit.grids.ternary import Ternary
+from halfbit.nn import PackedExperts, PackedLinear
+from halfbit.types import Codec, Packed, Solution
+
+
+class _Ternarized(torch.autograd.Function):
+    """Codes of latent values times scales; the latent values get the gradient of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
+        codes = _signs(latent, threshold)
+        ctx.save_for_backward(codes)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return grads[0], (grads[0] * codes).sum(-1, keepdim=True), None
+
+
+def _signs(values: Tensor, threshold: Tensor | float) -> Tensor:
+    """int8 -1, 0, 1."""
+    return (values > threshold).to(torch.int8) - (values < -threshold).to(torch.int8)
+
+
+class TunableMatrix(nn.Module):
+    """A stack of ternary matrices `[experts, out, in]`, float32.
+
+    Attributes:
+        low, high: `[experts, out, 1]`, what the codes -1 and 1 stand for; of a symmetric grid low is None.
+        codes: int8 `[experts, out, in]`; None where there are latent values.
+        latent: float32 `[experts, out, in]` or None.
+
+    Args:
+        packed: the tall matrix.
+        experts: how many matrices it holds.
+        original: `[experts, out, in]`, the weights before they were compressed, to let codes change; None: they stay.
+    """
+
+    edge: Tensor
+    factor: Tensor
+
+    def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
+        super().__init__()
+        self.codec: Codec = packed.codec
+        self.symmetric = isinstance(grid_of(packed.codec), Deadzone)
+        dense = packed.codec.decode(packed).view(experts, -1, packed.shape[1])
+        codes = _signs(dense, 0.0)
+        high, low = dense.amax(-1, keepdim=True).clamp(min=0), dense.amin(-1, keepdim=True).clamp(max=0)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+        # a row of zeros has lost its scale; the mean of the others' is no worse than any
+        self.high = nn.Parameter(torch.where(high > 0, high, high.mean((1, 2), keepdim=True)))
+        self.low = None if self.symmetric else nn.Parameter(low)
+        self.register_buffer("codes", codes if original is None else None)
+        self.register_parameter("latent", None)
+        if original is not None:
+            if not self.symmetric:
+                raise Unsupported(f"{packed.codec!r}: codes can change on the grid 'deadzone' only")
+            edge = self.high.detach() / 2
+            # just so far into the interval of its code that rounding it again gives that code
+            inside = torch.where(codes == 0, original.clamp(-0.999 * edge, 0.999 * edge), original)
+            self.latent = nn.Parameter(
+                torch.where(codes != 0, codes * (codes * original).clamp(min=1.001 * edge), inside)
+            )
+            self.register_buffer("edge", edge)
+            self.register_buffer("factor", torch.ones(experts, 1, 1))
+            self.nonzeros = codes.ne(0).sum((1, 2)).tolist()
+
+    @torch.no_grad()
+    def keep_density(self) -> None:
+        """Move the threshold of each matrix to where it has as many non-zeros as it began with."""
+        if self.latent is None:
+            return
+        for e, count in enumerate(self.nonzeros):
+            sizes = (self.latent[e].abs() / self.edge[e].clamp(min=1e-30)).flatten()
+            if 0 < count < sizes.numel():
+                self.factor[e] = sizes.kthvalue(sizes.numel() - count).values
+
+    def current(self) -> Tensor:
+        """int8 `[experts, out, in]`, -1, 0 and 1."""
+        if self.latent is None:
+            return self.get_buffer("codes")
+        return _signs(self.latent.detach(), self.factor * self.edge)
+
+    def weight(self, expert: int) -> Tensor:
+        """`[out, in]`."""
+        if self.latent is not None:
+            threshold = self.factor[expert] * self.edge[expert]
+            return _Ternarized.apply(self.latent[expert], self.high[expert], threshold)  # pyright: ignore[reportReturnType]
+        codes = self.get_buffer("codes")[expert]
+        if self.low is None:
+            return codes * self.high[expert]
+        return (codes > 0) * self.high[expert] + (codes < 0) * self.low[expert]
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Grouped product, see `Codec.product`."""
+        bounds = starts.tolist()
+        parts = [x[first:last] @ self.weight(e).T for e, (first, last) in enumerate(pairwise(bounds)) if last > first]
+        return torch.cat(parts) if parts else x.new_empty(0, self.high.shape[1])
+
+    @torch.no_grad()
+    def packed(self) -> list[Packed]:
+        """The matrices as the codec stores them, scales and levels rounded to what is stored."""
+        codes = self.current()
+        codes = torch.where(codes < 0, 1, 2 * codes).to(torch.uint8)
+        found = []
+        for e in range(codes.shape[0]):
+            high = self.high[e, :, 0].clamp(min=0)
+            grid = grid_of(self.codec)
+            if isinstance(grid, Deadzone):
+                params = {k: v.unsqueeze(1) for k, v in grid.store(high).items()}
+            else:
+                assert self.low is not None
+                levels = torch.stack([self.low[e, :, 0].clamp(max=0), high], -1)
+                params = {"levels": levels[:, None].to(torch.bfloat16)}
+            found.append(self.codec.encode(Solution(grid, codes[e], params)))
+        return found
+
+
+def is_tunable(codec: Codec) -> bool:
+    return isinstance(codec, RunLength | QMoE)
+
+
+def grid_of(codec: Codec) -> Deadzone | Ternary:
+    """The ternary grid whose solutions a codec stores."""
+    if isinstance(codec, RunLength) and codec.scale_bits is not None:
+        return Deadzone(codec.scale_bits)
+    return Ternary()
+
+
+class TunableExperts(nn.Module):
+    """Takes the place of `PackedExperts` while it is tuned; same call, differentiable."""
+
+    def __init__(self, packed: PackedExperts, up: TunableMatrix, down: TunableMatrix):
+        super().__init__()
+        self.experts, self.up, self.down = packed, up, down
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        hidden, index, weights = self.experts.stack.route(args, kwargs)
+        out = self.experts.run(hidden, index, weights, self.up, self.down)
+        given = args[0] if args else kwargs[self.experts.stack.arguments[0]]
+        return out.view_as(given)
+
+
+def frozen(layer: PackedLinear) -> nn.Linear:
+    """A packed layer, decoded, that hands the gradient on to its input."""
+    matrix = layer.matrix
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(matrix.codec.decode(matrix.packed()), requires_grad=False)
+    dense.register_parameter("bias", layer.get_parameter("bias") if layer.bias is not None else None)
+    return dense

@@ -1,0 +1,349 @@
+"""Tuning a compressed model towards the original: what stays continuous, and the codes, by KL divergence on a text.
+
+    ask the original, block by block, what it says of the text; keep the answers on the disk
+    load the compressed model; experts become tunable, all else that is not packed learns as it is
+    Adam over the text's windows, all but a part that is held back
+    round what was learned to what is stored; keep it only if the held-back part is the better for it
+
+The original and the compressed model are never both in memory. A run that was killed goes on from the last state it
+saved and gives the same result. The compressed folder it starts from stays as it is; the result is a new one.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from halfbit.errors import RecipeError
+from halfbit.evaluate import load
+from halfbit.events import Event, Noticed, Tuned
+from halfbit.expert_groups import Group
+from halfbit.families import open_family
+from halfbit.family import Family
+from halfbit.layout import Entry, stored_name
+from halfbit.nn import PackedExperts, PackedLinear, stored_names
+from halfbit.reader import Reader
+from halfbit.recipe import ROUTERS, Tuning
+from halfbit.samples import Sample
+from halfbit.teacher import ask, divergence
+from halfbit.tunable import TunableExperts, TunableMatrix, frozen, is_tunable
+from halfbit.types import Packed
+from halfbit.writer import INDEX, Writer, read_manifest
+
+TEACHER = ".teacher.safetensors"
+STATE = ".tuning.safetensors"
+# seconds of work that a kill may cost
+SAVE_EVERY = 60.0
+# steps between two looks at the thresholds of codes that may change
+DENSITY_EVERY = 10
+WARM_UP = 0.05
+BETAS = (0.9, 0.99)
+
+
+class Batches:
+    """Which samples make a step: an order drawn anew for each pass over the text, by seed and pass alone."""
+
+    def __init__(self, samples: list[Sample], tokens: int, seed: int):
+        length = max(len(_predicting(s)) for s in samples)
+        self._count, self._size, self._seed = len(samples), max(1, tokens // length), seed
+        self._size = min(self._size, self._count)
+
+    def __getitem__(self, step: int) -> list[int]:
+        per_pass = self._count // self._size
+        generator = torch.Generator().manual_seed(self._seed + step // per_pass)
+        order = torch.randperm(self._count, generator=generator)
+        first = step % per_pass * self._size
+        return order[first : first + self._size].tolist()
+
+
+class Teacher:
+    """The original's answers, sample by sample."""
+
+    def __init__(self, path: Path, samples: list[Sample]):
+        found = load_file(path)
+        self._tokens, self._logs = found["tokens"], found["logs"]
+        self._starts = torch.tensor([0] + [len(_predicting(s)) for s in samples]).cumsum(0).tolist()
+
+    def of(self, number: int) -> tuple[Tensor, Tensor]:
+        rows = slice(self._starts[number], self._starts[number + 1])
+        return self._tokens[rows], self._logs[rows]
+
+
+def tune(
+    source: str,
+    compressed: Path,
+    writer: Writer,
+    samples: list[Sample],
+    tuning: Tuning,
+    *,
+    device: str = "cpu",
+) -> Iterator[Event]:
+    """Tune `compressed`, a finished folder made of `source`, into the folder of `writer`.
+
+    Yields:
+        a `Tuned` now and then, and what should be known. The writer is not finished.
+
+    Raises:
+        RecipeError: too few samples to hold some back.
+    """
+    held = max(1, round(tuning.held_back * len(samples)))
+    if held >= len(samples):
+        raise RecipeError(f"tuning: {len(samples)} samples are too few to hold {held} of them back; give more text")
+    learning, watched = range(len(samples) - held), range(len(samples) - held, len(samples))
+    teacher = _teacher(source, writer.folder, samples, device)
+    student = Student(source, compressed, tuning, device)
+    yield from map(Noticed, student.notices)
+    before = _measure(student.model, samples, watched, teacher, device)
+    yield from _learn(student, [samples[i] for i in learning], teacher, tuning, writer.folder / STATE, device)
+    stored = student.round()
+    after = _measure(student.model, samples, watched, teacher, device)
+    better = after < before
+    kept = "kept" if better else "not kept: the tuned model is no better there"
+    yield Noticed(f"tuning: divergence from the original on held-back text {before:.4f} -> {after:.4f} nats; {kept}")
+    _write(compressed, writer, *(stored if better else ({}, {})))
+    for name in (TEACHER, STATE):
+        (writer.folder / name).unlink(missing_ok=True)
+
+
+def _teacher(source: str, folder: Path, samples: list[Sample], device: str) -> Teacher:
+    path = folder / TEACHER
+    if not path.is_file():
+        tokens, logs = ask(open_family(Reader(source)), samples, device, _dtype(device))
+        _replace(path, {"tokens": tokens, "logs": logs})
+    return Teacher(path, samples)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _predicting(sample: Sample) -> Tensor:
+    """The ids at whose places the model says what comes next."""
+    return sample.ids if sample.decoder_ids is None else sample.decoder_ids
+
+
+class Student:
+    """The compressed model, tunable. Accumulates: its weights are what is learned.
+
+    Attributes:
+        model: of transformers.
+        learned: what Adam moves, by name.
+        notices: what is left as it is, and why.
+    """
+
+    def __init__(self, source: str, compressed: Path, tuning: Tuning, device: str):
+        self.notices: list[str] = []
+        self.model = load(str(compressed), dtype=torch.float32, device=device)
+        self.model.requires_grad_(False)
+        self.matrices: dict[tuple[str, str], TunableMatrix] = {}
+        self._plain: dict[str, nn.Parameter] = {}
+        family = open_family(Reader(source))
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, PackedExperts):
+                self._open(path, module, family, tuning, device)
+            elif isinstance(module, PackedLinear):
+                self.model.set_submodule(path, frozen(module))
+        self._choose(compressed, tuning)
+        parts = {f"{path}.{name}": m for (path, name), m in self.matrices.items()}
+        self.learned: dict[str, nn.Parameter] = {
+            f"{where}.{name}": p for where, m in parts.items() for name, p in m.named_parameters()
+        } | self._plain
+        for parameter in self.learned.values():
+            parameter.requires_grad_(True)
+
+    def _open(self, path: str, module: PackedExperts, family: Family, tuning: Tuning, device: str) -> None:
+        names = stored_names(module.stack)
+        found = [module.matrix(name) for name in names]
+        if not all(is_tunable(matrix.codec) for matrix in found):
+            self.notices.append(f"{path}: {found[0].codec!r} is not ternary; its experts stay as they are")
+            return
+        original: list[Tensor | None] = [None, None]
+        if tuning.codes:
+            group = Group.read(family, family.experts[path], range(module.stack.num_experts), device)
+            original = [group.up, group.down]
+        tunable = [
+            TunableMatrix(matrix.packed(), matrix.shape[0], weights).to(device)
+            for matrix, weights in zip(found, original, strict=True)
+        ]
+        for name, matrix in zip(names, tunable, strict=True):
+            self.matrices[path, name] = matrix
+        self.model.set_submodule(path, TunableExperts(module, *tunable))
+
+    def _choose(self, compressed: Path, tuning: Tuning) -> None:
+        """Weights that are stored under their own name: norms, biases, routers; linear layers where `dense` says so."""
+        stored = json.loads((compressed / "manifest.json").read_text("utf-8"))["tensors"]
+        outside = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if m}
+        for name, parameter in self.model.named_parameters():
+            if name not in stored or id(parameter) in outside or not parameter.is_floating_point():
+                continue
+            router = any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in ROUTERS)
+            if parameter.ndim < 2 or router or tuning.dense:
+                self._plain[name] = parameter
+        self._dtypes = {name: stored[name]["dtype"] for name in self._plain}
+
+    @torch.no_grad()
+    def round(self) -> tuple[dict[tuple[str, str], list[Packed]], dict[str, Tensor]]:
+        """Everything as it will be stored; the model computes with that from here on."""
+        packed = {key: matrix.packed() for key, matrix in self.matrices.items()}
+        for key, parts in packed.items():
+            whole = parts[0].codec.stack(parts)
+            path = key[0]
+            again = TunableMatrix(whole, len(parts))
+            tunable = self.model.get_submodule(path)
+            assert isinstance(tunable, TunableExperts)
+            if tunable.up is self.matrices[key]:
+                tunable.up = again.to(self.matrices[key].high.device)
+            else:
+                tunable.down = again.to(self.matrices[key].high.device)
+        plain = {}
+        for name, parameter in self._plain.items():
+            plain[name] = parameter.detach().to(getattr(torch, self._dtypes[name]))
+            parameter.data.copy_(plain[name])
+        return packed, plain
+
+
+def _learn(
+    student: Student, samples: list[Sample], teacher: Teacher, tuning: Tuning, path: Path, device: str
+) -> Iterator[Event]:
+    names, parameters = list(student.learned), list(student.learned.values())
+    # a tensor moves by a share of its own size
+    rates = [tuning.learning_rate * float(p.detach().square().mean().sqrt().clamp(min=1e-8)) for p in parameters]
+    adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)], betas=BETAS)
+    begin = _resume(path, names, student, adam)
+    batches = Batches(samples, tuning.batch_tokens, tuning.seed)
+    saved = time.monotonic()
+    for step in range(begin, tuning.steps):
+        share = min(1.0, (step + 1) / max(1, round(WARM_UP * tuning.steps)))
+        share *= 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        adam.zero_grad(set_to_none=True)
+        loss = _loss(student.model, samples, batches[step], teacher, device)
+        loss.backward()
+        adam.step()
+        if (step + 1) % DENSITY_EVERY == 0 or step + 1 == tuning.steps:
+            for matrix in student.matrices.values():
+                matrix.keep_density()
+        yield Tuned(step + 1, tuning.steps, loss.detach().item())
+        if time.monotonic() - saved > SAVE_EVERY:
+            _save(path, names, student, adam, step + 1)
+            saved = time.monotonic()
+    _save(path, names, student, adam, tuning.steps)
+
+
+def _loss(model: Any, samples: list[Sample], chosen: list[int], teacher: Teacher, device: str) -> Tensor:
+    """Mean divergence over the tokens of some samples."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in chosen:
+        decoder = samples[i].decoder_ids
+        groups.setdefault((len(samples[i].ids), 0 if decoder is None else len(decoder)), []).append(i)
+    total, count = torch.zeros((), device=device), 0
+    for numbers in groups.values():
+        inputs = {"input_ids": torch.stack([samples[i].ids for i in numbers]).to(device)}
+        decoders = [d for i in numbers if (d := samples[i].decoder_ids) is not None]
+        if decoders:
+            inputs["decoder_input_ids"] = torch.stack(decoders).to(device)
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        answers = [teacher.of(i) for i in numbers]
+        tokens, logs = (torch.cat([a[k] for a in answers]).to(device) for k in (0, 1))
+        total = total + divergence(logits, tokens, logs) * len(tokens)
+        count += len(tokens)
+    return total / count
+
+
+@torch.no_grad()
+def _measure(model: Any, samples: list[Sample], which: range, teacher: Teacher, device: str) -> float:
+    losses = [float(_loss(model, samples, [i], teacher, device)) for i in which]
+    return sum(losses) / len(losses)
+
+
+# --- state, so that a run can be killed
+
+
+def _save(path: Path, names: list[str], student: Student, adam: torch.optim.Adam, step: int) -> None:
+    tensors = {}
+    for name in names:
+        parameter = student.learned[name]
+        moments = adam.state[parameter]
+        tensors |= {name: parameter.detach(), f"{name}#m": moments["exp_avg"], f"{name}#v": moments["exp_avg_sq"]}
+    for (where, name), matrix in student.matrices.items():
+        if matrix.latent is not None:
+            tensors[f"{where}.{name}#factor"] = matrix.factor
+    _replace(path, tensors, {"step": str(step)})
+
+
+def _resume(path: Path, names: list[str], student: Student, adam: torch.optim.Adam) -> int:
+    """The step to go on with."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        for name in names:
+            parameter = student.learned[name]
+            parameter.data.copy_(file.get_tensor(name))
+            adam.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": file.get_tensor(f"{name}#m").to(parameter.device),
+                "exp_avg_sq": file.get_tensor(f"{name}#v").to(parameter.device),
+            }
+        for (where, name), matrix in student.matrices.items():
+            if matrix.latent is not None:
+                matrix.factor.copy_(file.get_tensor(f"{where}.{name}#factor"))
+    return step
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+# --- the result
+
+
+def _write(
+    compressed: Path, writer: Writer, packed: dict[tuple[str, str], list[Packed]], plain: dict[str, Tensor]
+) -> None:
+    """Every block of the compressed folder, with what was learned in the places of what was there."""
+    manifest = read_manifest(compressed)
+    begun = Writer(compressed, manifest["fingerprint"], manifest["about"])
+    wholes = {key: parts[0].codec.stack(parts) for key, parts in packed.items()}
+    replaced = dict(plain)
+    for (path, name), whole in wholes.items():
+        replaced |= {stored_name(path, name, part): t for part, t in whole.tensors.items()}
+    for block, entry in begun.manifest["blocks"].items():
+        if writer.has(block):
+            continue
+        tensors = begun.read(block)
+        for name, tensor in tensors.items():
+            writer.put(name, replaced.get(name, tensor))
+        for path, projections in begun.manifest["packed"].items():
+            inside = any(name.startswith(f"{path}.") for name in tensors)
+            if inside:
+                entries = {
+                    name: Entry.of(wholes[path, name], len(packed[path, name])).to_config()
+                    if (path, name) in wholes
+                    else config
+                    for name, config in projections.items()
+                }
+                writer.record("packed", path, entries)
+        writer.commit(block, entry["file"])
+    for kind in ("matrices", "coverage"):
+        writer.manifest[kind].update(begun.manifest[kind])
+    for (path, name), parts in packed.items():
+        for number, part in enumerate(parts):
+            writer.manifest["matrices"][f"{path}.{number}.{name}"]["bits_per_weight"] = part.bits_per_weight
+    config = json.loads((compressed / "config.json").read_text("utf-8"))
+    config["quantization_config"]["modules"] = writer.manifest["packed"]
+    copied = [compressed / name for name in manifest["files"] if name not in ("config.json", "recipe.toml", INDEX)]
+    writer.finish(config, copied, (compressed / "recipe.toml").read_text("utf-8"))
