@@ -13,6 +13,8 @@ The codewords are those of the format `qmoe` and are not encoded again. The file
 tensors, dictionaries and numbers is accepted (torch.load with weights_only); tensors are read when they are asked for.
 """
 
+import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +39,23 @@ CODEC = QMoE()
 DTYPES = {"w_comp": torch.int16, "row_off": torch.int32, "ter_minmax": torch.bfloat16, "weight": torch.bfloat16}
 # the length field of a row in our layout
 LONGEST_ROW = 65535
+# what torch.load raises for files that are cut off, have other bits or are other pickles (found by trying: see the tests);
+# subclasses are meant, as UnicodeDecodeError, KeyError, OverflowError and RecursionError are
+DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def matches(files: Folder | Hub) -> bool:
@@ -220,8 +239,7 @@ def _unpickle(files: Folder | Hub, file: str) -> dict[str, Any]:
         raise FormatError(f"{files}: {file} is missing; download the checkpoint again")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # damaged or hostile bytes can make the unpickler raise anything
+    except DAMAGED as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise FormatError(
             f"{path}: not a file of tensors that torch.load(weights_only=True) accepts ({reason:.200}); nothing in it "

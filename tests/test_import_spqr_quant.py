@@ -1,9 +1,6 @@
-"""Published checkpoints: every golden layer bit for bit, whole models by their logits, every kind of damage by name."""
+"""Published SpQR checkpoints: every golden layer bit for bit, the whole model by its logits, every damage by name."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -11,25 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from published import EPSILON, GOLDEN, SPQR, Edit, change, problems, put, run, spqr_with
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 import halfbit
-from halfbit import cli
-from halfbit.errors import CheckpointError, FormatError, HalfbitError, OutputError, Unsupported
+from halfbit.errors import CheckpointError, FormatError, OutputError
 from halfbit.events import BlockDone, Imported, Noticed
 from halfbit.importers.spqr_quant import CODEC, read_layer
-from halfbit.nn import PackedExperts, PackedLinear
+from halfbit.nn import PackedLinear
 
-GOLDEN = Path(__file__).parent / "golden"
-SPQR, QMOE = GOLDEN / "spqr" / "checkpoint", GOLDEN / "qmoe" / "checkpoint"
 PARTS = ("dense_weights", "row_offsets", "col_vals", "in_perm")
 MEANINGS = {"add": "dense_kernel", "replace": "dense_quantiser"}
-EPSILON = torch.finfo(torch.float32).eps
-Edit = Callable[[dict[str, Any]], object]
 
 
 @cache
@@ -49,53 +41,13 @@ def layer(case: str) -> tuple[dict[str, Tensor], tuple[int, int]]:
     return found, (int(golden()[f"{case}.m"]), int(golden()[f"{case}.n"]))
 
 
-def run(source: Path, out: Path, **options: Any) -> list:
-    return list(halfbit.import_checkpoint(str(source), out, **options))
-
-
-def problems(folder: Path) -> list:
-    return [found for found in halfbit.verify(folder) if not isinstance(found, str)]
-
-
-@pytest.fixture(scope="session", params=["add", "replace"])
+@pytest.fixture(scope="module", params=["add", "replace"])
 def spqr(request, tmp_path_factory) -> tuple[str, Path, list]:
     out = tmp_path_factory.mktemp("spqr") / request.param
     return request.param, out, run(SPQR, out, outliers=request.param)
 
 
-@pytest.fixture(scope="session")
-def qmoe(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("qmoe") / "out"
-    run(QMOE, out)
-    return out
-
-
-def spqr_with(folder: Path, edit: Edit = lambda t: None, config: Edit = lambda c: None) -> Path:
-    """A copy of the SpQR checkpoint with other tensors or another quantization_config; `shapes` fit the tensors."""
-    shutil.copytree(SPQR, folder)
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    content = json.loads((folder / "config.json").read_text())
-    shapes = content["quantization_config"]["shapes"]
-    for name in shapes:
-        if name.removesuffix(".shape") in tensors:
-            shapes[name] = tensors[name.removesuffix(".shape")].numel()
-    config(content)
-    (folder / "config.json").write_text(json.dumps(content))
-    return folder
-
-
-def qmoe_with(folder: Path, file: str, edit: Edit) -> Path:
-    """A copy of the QMoE checkpoint with one file changed."""
-    shutil.copytree(QMOE, folder)
-    content = torch.load(folder / file, weights_only=True)
-    edit(content)
-    torch.save(content, folder / file)
-    return folder
-
-
-# --- SpQR, layer by layer
+# --- layer by layer
 
 
 @pytest.mark.parametrize("meaning", MEANINGS)
@@ -188,18 +140,6 @@ def test_every_column_number_up_to_the_sixteenth_bit_is_read() -> None:
     assert int((dense != 0).sum()) == 1
 
 
-def change(part: str, edit: Callable[[Tensor], Tensor]) -> Edit:
-    return lambda parts: parts.update({part: edit(parts[part])})
-
-
-def put(index: int, value: int) -> Callable[[Tensor], Tensor]:
-    def edit(t: Tensor) -> Tensor:
-        t[index] = value
-        return t
-
-    return edit
-
-
 # what is wrong, in which layout, and what the message must say
 DAMAGED_LAYERS = {
     "a code word is missing": ("csr", change("dense_weights", lambda t: t[1:]), "expected torch.int64 [816] for"),
@@ -287,7 +227,7 @@ def scaled(words: Tensor, factor: float) -> Tensor:
     return (out | rest << 54).flatten()
 
 
-# --- SpQR, the whole model
+# --- the whole model
 
 
 def test_the_model_gives_the_published_logits(spqr) -> None:
@@ -468,211 +408,3 @@ def test_an_import_goes_on_where_it_stopped(tmp_path) -> None:
     assert len(run(SPQR, stopped)) == 2
     with pytest.raises(OutputError, match="holds another run"):
         run(SPQR, stopped, outliers="replace")
-
-
-# --- QMoE
-
-
-def test_published_experts_are_taken_over_bit_for_bit(qmoe) -> None:
-    expected = load_file(GOLDEN / "qmoe" / "expected_experts.safetensors")
-    model = halfbit.load(str(qmoe))
-    seen = 0
-    for path, module in model.named_modules():
-        if isinstance(module, PackedExperts):
-            for projection in ("wi", "wo"):
-                matrix = module.matrix(projection)
-                dense = matrix.codec.decode(matrix.packed()).view(matrix.shape)
-                for expert in range(16):
-                    assert torch.equal(dense[expert], expected[f"{path}.expert_{expert}.{projection}.weight"].float())
-                    seen += 1
-    assert seen == len(expected) == 96
-    logits = load_file(GOLDEN / "qmoe" / "expected_logits.safetensors")
-    with torch.no_grad():
-        found = model(input_ids=logits["input_ids"], decoder_input_ids=logits["decoder_input_ids"]).logits
-    assert (found - logits["logits"]).abs().max() <= 16 * EPSILON * logits["logits"].abs().max()
-
-
-def test_the_qmoe_folder_loads_generates_verifies_and_saves(qmoe, tmp_path) -> None:
-    assert problems(qmoe) == []
-    assert AutoModelForSeq2SeqLM.from_pretrained(qmoe).dtype == torch.bfloat16
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(qmoe, dtype=torch.float32)
-    given = load_file(GOLDEN / "qmoe" / "expected_logits.safetensors")
-    ids = {"input_ids": given["input_ids"], "decoder_input_ids": given["decoder_input_ids"]}
-    with torch.no_grad():
-        logits = model(**ids).logits
-    written = model.generate(**ids, max_new_tokens=3, do_sample=False)
-    assert torch.equal(written[:, 11], logits[:, -1].argmax(-1))
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(again(**ids).logits, logits)
-
-
-def test_codewords_and_other_weights_are_as_published(qmoe) -> None:
-    source = torch.load(QMOE / "noexp.pt", weights_only=True)
-    experts = torch.load(QMOE / "exp01.pt", weights_only=True)
-    written = {n: t for f in qmoe.glob("*.safetensors") for n, t in load_file(f).items()}
-    path = "encoder.block.3.layer.1.mlp.experts"
-    codewords = torch.cat([experts[f"{path}.expert_{e}.wo.w_comp"] for e in range(16)])
-    assert torch.equal(written[f"{path}.packed_wo.codewords"].view(torch.int16), codewords)
-    # copies of the embedding are stored once
-    copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-    plain = {n: t for n, t in written.items() if ".packed_" not in n}
-    assert set(plain) == set(source) - copies
-    assert all(torch.equal(t, source[n]) and t.dtype == source[n].dtype for n, t in plain.items())
-
-
-def test_weights_in_float32_stay_in_float32(tmp_path) -> None:
-    def edit(tensors: dict[str, Tensor]) -> None:
-        for name in tensors:
-            if "norm" in name or "shared" in name or "embed" in name or "lm_head" in name or "bias" in name:
-                tensors[name] = tensors[name].float()
-
-    source = qmoe_with(tmp_path / "source", "noexp.pt", edit)
-    run(source, tmp_path / "out")
-    assert problems(tmp_path / "out") == []
-    written = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(f).items()}
-    assert written["shared.weight"].dtype == written["encoder.final_layer_norm.weight"].dtype == torch.float32
-    assert written["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.bfloat16
-    halfbit.load(str(tmp_path / "out"))
-
-
-WI = "encoder.block.1.layer.1.mlp.experts.expert_5.wi"
-WO = "decoder.block.1.layer.2.mlp.experts.expert_0.wo"
-# file, change, what the message must say; the file is in every message
-DAMAGED_QMOE: dict[str, tuple[str, Edit, str]] = {
-    "a matrix without codewords": ("exp00.pt", lambda t: t.pop(f"{WI}.w_comp"), f"{WI}.w_comp is missing"),
-    "a matrix is missing": (
-        "exp02.pt",
-        lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{WO}.")],
-        f"{WO}.row_off is missing",
-    ),
-    "a tensor too much": ("exp00.pt", lambda t: t.update({f"{WI}.bias": torch.ones(1)}), f"{WI}.bias is no part"),
-    "experts of another module": ("exp00.pt", lambda t: t.update({f"{WO}.x": torch.ones(1)}), f"{WO}.x is no part"),
-    "something else than a tensor": ("exp00.pt", lambda t: t.update({f"{WI}.w_comp": 3}), "expected a tensor, got int"),
-    "codewords of another dtype": (
-        "exp00.pt", change(f"{WI}.w_comp", lambda t: t.int()), f"{WI}.w_comp: expected torch.int16"),
-    "codewords of two dimensions": ("exp00.pt", change(f"{WI}.w_comp", lambda t: t[None]), f"{WI}.w_comp: expected"),
-    "too few offsets": ("exp00.pt", change(f"{WI}.row_off", lambda t: t[1:]), "row_off: expected torch.int32 [97]"),
-    "offsets that fall": ("exp00.pt", change(f"{WI}.row_off", put(4, 300)), "and falling in between"),
-    "offsets that begin later": ("exp00.pt", change(f"{WI}.row_off", put(0, 1)), "got 1 to"),
-    "levels of too few rows": ("exp00.pt", change(f"{WI}.ter_minmax", lambda t: t[:95]), "ter_minmax: expected"),
-    "a level that is infinite": (
-        "exp00.pt", change(f"{WI}.ter_minmax", put(3, float("inf"))), f"{WI}: qmoe: a level is NaN"),  # pyright: ignore[reportArgumentType]
-    "a codeword cut off": ("exp00.pt", change(f"{WI}.w_comp", lambda t: t[:-1]), "offsets must rise"),
-    "rows of other widths": ("exp00.pt", change(f"{WI}.w_comp", lambda t: t.flip(0)), f"{WI}: qmoe:"),
-    "a size that is another": ("sizes.pt", lambda t: t.update({WI: 7}), f"{WI}: says 7 codewords"),
-    "a size that is no number": ("sizes.pt", lambda t: t.update({WI: "many"}), f"{WI}: says 'many'"),
-    "a size that is missing": ("sizes.pt", lambda t: t.pop(WO), f"{WO} is missing"),
-    "a size of nothing": ("sizes.pt", lambda t: t.update({"x": 1}), "x is not among the experts"),
-    "a tensor larger than its bytes": (
-        "exp00.pt", change(f"{WI}.w_comp", lambda t: t[:1].expand(1 << 40)), f"{WI}.w_comp: is not a plain tensor"),
-    "a tensor in two files": ("noexp.pt", lambda t: t.update({f"{WI}.w_comp": torch.ones(1)}), "is in noexp.pt too"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGED_QMOE)
-def test_damaged_qmoe_checkpoints_are_named(damage: str, tmp_path) -> None:
-    file, edit, says = DAMAGED_QMOE[damage]
-    source = qmoe_with(tmp_path / "source", file, edit)
-    with pytest.raises(FormatError) as error:
-        run(source, tmp_path / "out")
-    assert says in str(error.value)
-    assert file in str(error.value) or damage == "a tensor in two files"
-    assert not (tmp_path / "out" / "config.json").exists()
-
-
-def test_qmoe_files_too_many_or_too_few_are_named(tmp_path) -> None:
-    changes: list[tuple[Callable[[Path], object], str]] = [
-        (lambda f: (f / "exp02.pt").unlink(), "exp02.pt"),
-        (lambda f: (f / "noexp.pt").unlink(), "noexp.pt"),
-        (lambda f: (f / "sizes.pt").unlink(), "sizes.pt"),
-        (lambda f: torch.save({"x": torch.ones(1)}, f / "exp03.pt"), "exp03.pt: holds x"),
-        (lambda f: os.truncate(f / "exp01.pt", 5000), "exp01.pt"),
-        (lambda f: (f / "exp01.pt").write_bytes(b"no pickle"), "exp01.pt"),
-        (lambda f: torch.save([1, 2], f / "sizes.pt"), "expected a dictionary by name"),
-    ]
-    for number, (edit, says) in enumerate(changes):
-        source = Path(shutil.copytree(QMOE, tmp_path / f"source-{number}"))
-        edit(source)
-        with pytest.raises(FormatError) as error:
-            run(source, tmp_path / "out")
-        assert says in str(error.value)
-
-
-class Hostile:
-    """Unpickling this writes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_in_a_pickle_is_run(tmp_path) -> None:
-    for file in ("noexp.pt", "sizes.pt", "exp01.pt"):
-        source = Path(shutil.copytree(QMOE, tmp_path / file))
-        torch.save({"x": Hostile(tmp_path / "run")}, source / file)
-        with pytest.raises(FormatError, match=file):
-            run(source, tmp_path / "out")
-    assert not (tmp_path / "run").exists()
-
-
-# --- the command line
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def test_the_command_imports_and_reports(tmp_path) -> None:
-    code, out, err = call("import", SPQR, tmp_path / "spqr", "--outliers", "replace", "--json")
-    assert code == 0
-    report = json.loads(out)
-    assert report["complete"]
-    assert report["about"]["outliers"] == "replace"
-    assert report["packed_weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64)
-    assert "of 790 outliers" in err
-    assert "written:" in err
-    code, out, err = call("import", QMOE, tmp_path / "qmoe")
-    assert code == 0, err
-    assert "compressed weights:" in out
-    for name in ("spqr", "qmoe"):
-        assert call("verify", tmp_path / name)[0] == 0
-        assert call("inspect", tmp_path / name)[0] == 0
-
-
-def test_bad_input_is_one_sentence(tmp_path) -> None:
-    tiny = Path(__file__).parent.parent / "examples" / "tiny-moe"
-    out = tmp_path / "out"
-    arguments = {
-        ("import", tiny, out): "not a checkpoint of qmoe or spqr_quant",
-        ("import", tmp_path / "nothing", out): "no such folder",
-        ("import", SPQR, out, "--outliers", "both"): "expected add or replace",
-        ("import", QMOE, out, "--outliers", "add"): "has no outliers",
-        ("import", SPQR, tiny): "not empty",
-        ("compress", SPQR, out): "`halfbit import` takes it over",
-        ("compress", QMOE, out): "`halfbit import` takes it over",
-    }
-    for given, says in arguments.items():
-        code, _, err = call(*given)
-        assert code == 2, (given, err)
-        assert says in " ".join(err.split()), (given, err)
-        assert not out.exists()
-
-
-def test_the_help_tells_the_two_meanings_apart() -> None:
-    code, out, _ = call("import", "--help")
-    told = " ".join(out.split())
-    assert code == 0
-    assert "add: an outlier is added to the weight under it, as in the published kernel" in told
-    assert "replace: it takes the weight's place" in told
-
-
-def test_the_library_refuses_what_the_command_refuses(tmp_path) -> None:
-    with pytest.raises(Unsupported, match="expected add or replace"):
-        run(SPQR, tmp_path / "out", outliers="")
-    with pytest.raises(HalfbitError):
-        run(tmp_path, tmp_path / "out")
