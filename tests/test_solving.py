@@ -11,7 +11,7 @@ from halfbit.recipe import Rule, Solving
 from halfbit.solving import solve
 
 
-def matrices(count: int = 2, out: int = 96, width: int = 320) -> tuple[Tensor, Tensor]:
+def matrices(count: int = 2, out: int = 96, width: int = 160) -> tuple[Tensor, Tensor]:
     """Heavy-tailed weights and Hessians of correlated inputs."""
     random = torch.Generator().manual_seed(0)
     w = torch.randn(count, out, width, generator=random) * torch.randn(count, out, width, generator=random).exp()
@@ -19,10 +19,9 @@ def matrices(count: int = 2, out: int = 96, width: int = 320) -> tuple[Tensor, T
     return w, x.mT @ x
 
 
-def rule(**fields) -> Rule:
-    return Rule(
-        "*", "gptq", Bilevel(bits=3, group=16), SpQR(bits=3, group=16), order="act_order", damping=0.1, **fields
-    )
+def rule(fitting: str = "min-max", **fields) -> Rule:
+    grid = Bilevel(bits=3, group=16, fitting=fitting)
+    return Rule("*", "gptq", grid, SpQR(bits=3, group=16), order="act_order", damping=0.1, **fields)
 
 
 NAMES = ["a", "b"]
@@ -52,6 +51,16 @@ def test_a_budget_that_a_tiny_matrix_misses_is_told() -> None:
         solve(w, h, rule(bits=40.0), Solving(), ["a"], notices)
 
 
+def test_what_the_grid_alone_takes_is_known_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = matrices(1)
+    plain, tight = rule("search"), rule("search", bits=3.2)
+    assert plain.codec is not None
+    taken = plain.codec.encode(solve(w, h, plain, Solving(), ["a"], [])[0]).bits_per_weight
+    monkeypatch.setattr("halfbit.grids.bilevel.search", lambda *_: pytest.fail("statistics of zeros were searched"))
+    with pytest.raises(RecipeError, match=f"the grid alone takes {taken:.3f} bits"):
+        solve(w, h, tight, Solving(), ["a"], [])
+
+
 def test_errors_name_the_matrix() -> None:
     w, h = matrices(1)
     with pytest.raises(Unsupported, match="a: Bilevel: the weights are too large for statistics in float16"):
@@ -70,7 +79,7 @@ def test_an_order_stored_elsewhere_leaves_room_for_outliers() -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.02])
 def test_the_share_of_outliers_is_the_one_asked_for(share: float) -> None:
-    w, h = matrices()
+    w, h = matrices(width=320)
     for s in solve(w, h, rule(outliers=share), Solving(), NAMES, []):
         assert s.outliers is not None
         assert len(s.outliers) / s.codes.numel() == pytest.approx(share, rel=0.05)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import RecipeError, Unsupported
+from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import Deadzone
 from halfbit.recipe import Rule, Solving
 from halfbit.solve.budget import gptq_with_share
@@ -156,9 +157,15 @@ def _within(
 
 
 def _blank(shape: tuple[int, int], rule: Rule) -> Solution:
-    """What takes as many bits as any solution of this shape without outliers."""
-    assert rule.grid is not None
-    (nothing,) = rtn(torch.zeros(1, *shape), None, rule.grid, names=["zeros"])
+    """What takes as many bits as any solution of this shape without outliers.
+
+    How statistics are found changes none of the sizes, so they are found the quick way.
+    """
+    grid = rule.grid
+    assert grid is not None
+    if isinstance(grid, Bilevel):
+        grid = replace(grid, fitting="min-max")
+    (nothing,) = rtn(torch.zeros(1, *shape), None, grid, names=["zeros"])
     return nothing if rule.order == "identity" else replace(nothing, order=torch.arange(shape[1]).flip(0))
 
 
