@@ -24,43 +24,30 @@ def call(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def fresh(*arguments: object, code: int = 0) -> str:
-    """Stdout of one command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "halfbit.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+def told(*arguments: object) -> str:
+    """Stdout of one command that does what it should."""
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    return out
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """tiny-moe, compressed by the command line in a process of its own."""
+    """tiny-moe, compressed by the command line."""
     out = tmp_path_factory.mktemp("cli") / "out"
-    told = fresh(
-        "compress",
-        TINY,
-        out,
-        "--calibration",
-        TINY / "calibration.txt",
-        "--samples",
-        16,
-        "--sequence-length",
-        128,
-        "--json",
-    )
-    report = json.loads(told)
+    report = json.loads(
+        told(
+            "compress", TINY, out, "--calibration", TINY / "calibration.txt", "--samples", 16, "--sequence-length", 128,
+            "--json",
+        )
+    )  # fmt: skip
     assert report["complete"]
     assert report["packed_weights"] == 4 * 8 * (2 * 192 * 128 + 128 * 192)
     return out
 
 
 def test_bits_are_counted_from_the_files(folder) -> None:
-    report = json.loads(fresh("inspect", folder, "--json"))
+    report = json.loads(told("inspect", folder, "--json"))
     packed = 0
     for path in folder.glob("*.safetensors"):
         packed += sum(t.numel() * t.element_size() for n, t in load_file(path).items() if ".packed_" in n)
@@ -74,27 +61,33 @@ def test_bits_are_counted_from_the_files(folder) -> None:
     assert sum(layer["coverage"]["routed"]) == 16 * 128 * 2
 
 
-@pytest.mark.slow
-def test_a_fresh_process_evaluates_and_generates(folder) -> None:
+def test_it_evaluates(folder) -> None:
     figures = json.loads(
-        fresh(
-            "eval", folder, "--text", TINY / "test.txt", "--sequence-length", 128, "--max-tokens", 5120,
+        told(
+            "eval", folder, "--text", TINY / "test.txt", "--sequence-length", 128, "--max-tokens", 2560,
             "--against", TINY, "--json",
         )
     )  # fmt: skip
-    assert figures["windows"] == 40
-    assert figures["tokens"] == 40 * 127
+    assert figures["windows"] == 20
+    assert figures["tokens"] == 20 * 127
     assert 45 < figures["original_perplexity"] < 75
     assert figures["original_perplexity"] < figures["perplexity"] < 2.2 * figures["original_perplexity"]
     assert 0 < figures["kl_divergence"] < 1
     assert 0.4 < figures["top1_agreement"] < 1
-    text = fresh("generate", folder, "--prompt", "The old house", "--max-new-tokens", 12)
-    assert len(text.split()) >= 4
-    assert text == fresh("generate", folder, "--prompt", "The old house", "--max-new-tokens", 12)
+
+
+def test_a_fresh_process_generates_the_same_text(folder) -> None:
+    """Nothing that this process has imported or compressed is needed to load the folder."""
+    arguments = ["generate", str(folder), "--prompt", "The old house", "--max-new-tokens", "12"]
+    done = subprocess.run([sys.executable, "-m", "halfbit.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.split()) >= 4
+    assert done.stdout == told(*arguments)
 
 
 def test_verify_passes_and_names_what_is_damaged(folder, tmp_path) -> None:
-    assert "0 problems" in fresh("verify", folder)
+    assert "0 problems" in told("verify", folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     path = copy / "model-block-00001.safetensors"
     data = bytearray(path.read_bytes())
@@ -222,7 +215,7 @@ def test_another_model_in_the_output_folder_is_refused(folder, tmp_path) -> None
     code, _, err = call("compress", TINY, folder, "--calibration", text, "--samples", 8)
     assert code == 2
     assert "holds another run" in " ".join(err.split())
-    assert "0 problems" in fresh("verify", folder)
+    assert "0 problems" in told("verify", folder)
 
 
 @pytest.mark.parametrize(
@@ -289,12 +282,12 @@ def test_a_model_without_experts_is_told_what_the_recipe_compresses(tmp_path) ->
 
 def test_backends_say_what_runs_and_why() -> None:
     code, out, _ = call("inspect", "--backends", "--json")
-    told = json.loads(out)["backends"]
+    backends = json.loads(out)["backends"]
     assert code == 0
-    assert told["reference (torch)"][0] is True
+    assert backends["reference (torch)"][0] is True
     from halfbit import native
 
-    active, reason = told["cpu (C++)"]
+    active, reason = backends["cpu (C++)"]
     assert active == (native.extension is not None)
     assert (native.isa() in reason) if active else reason == native.reason
 

@@ -4,9 +4,7 @@ The oracle is the same model with the experts' weights replaced by what the stor
 """
 
 import json
-import random
 import shutil
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,163 +12,51 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from compressed import chosen, inputs, largest_difference, load, run, text
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import halfbit
 from halfbit import recipe
 from halfbit.compress import compress
 from halfbit.errors import CoverageError, FormatError, OutputError
 from halfbit.evaluate import measure
-from halfbit.events import Began, BlockBegan, Event, Noticed, Solved
-from halfbit.families import open_family
+from halfbit.events import Began, BlockBegan, Noticed, Solved
 from halfbit.folder import Problem
 from halfbit.nn import PackedExperts, PackedMatrix
 from halfbit.reader import Reader
-from halfbit.recipe import Recipe
 from halfbit.samples import causal_samples, windows
 
-EAGER = {"experts_implementation": "eager"}
-WORDS = [f"w{i}" for i in range(40)]
 MIXTURES = sorted(
     name
     for name in tiny_models.CONFIGS
     if any(k in name for k in ("m" + "ix", "moe", "deep", "oss", "4", "nemo", "switch"))
 )
-SOURCES: dict[str, Callable[[Path], Path]] = {
-    **{name: lambda folder, name=name: tiny_models.save(name, folder) for name in MIXTURES},
-    "qwen3-moe fused": lambda folder: tiny_models.save_as_built("qwen3-moe", folder),
-    "gpt-oss mxfp4": tiny_models.save_mxfp4,
-    "qwen3-moe fp8": tiny_models.save_fp8,
-}
+all_sources = pytest.mark.parametrize("name", [*MIXTURES, "qwen3-moe as built", "gpt-oss mxfp4", "qwen3-moe fp8"])
 
 
-def add_tokenizer(folder: Path) -> Path:
-    """61 words, as many as the tiny models know; the special ones are 0, 1 and 2."""
-    sentinels = [f"<extra_id_{i}>" for i in range(18)]
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", *WORDS, *sentinels])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return folder
-
-
-def text(folder: Path, words: int = 200) -> str:
-    """A file of random words."""
-    path = folder / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(WORDS, k=words)), "utf-8")
-    return str(path)
-
-
-def run(source: Path, out: Path, changes: str = "", name: str = "qmoe", samples: int = 6) -> list[Event]:
-    """Compress with few short samples."""
-    chosen = recipe.load(name).calibrated(samples=samples, sequence_length=12)
-    if changes:
-        before, after = changes.split(" -> ")
-        chosen = Recipe.from_toml(chosen.to_toml().replace(before, after))
-    return list(compress(str(source), out, chosen, text(source)))
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    switch = "switch" in (folder / "config.json").read_text()
-    auto: Any = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
-    # transformers' grouped_mm refuses rows that are no multiple of 16 bytes
-    return auto.from_pretrained(folder, dtype=dtype, **({} if switch else EAGER)).eval()
-
-
-def decoded(source: Path, compressed: Any) -> Any:
-    """The original model in float32 with the experts that the compressed one decodes to."""
-    family = open_family(Reader(source))
-    family.load_outer()
-    for block in (b for part in family.stacks() for b in part.blocks):
-        family.load_block(block)
-    for path, stack in family.experts.items():
-        packed = compressed.get_submodule(path)
-        assert isinstance(packed, PackedExperts)
-        dense = {}
-        for matrix, projections in (
-            (packed.matrix(packed._up), stack.up),
-            (packed.matrix(packed._down), (stack.down,)),
-        ):
-            experts, out, columns = matrix.shape
-            whole = matrix.codec.decode(matrix.packed()).view(experts, out, columns)
-            sizes = [stack.projections[p][0] for p in projections]
-            dense |= dict(zip(projections, whole.split(sizes, dim=1), strict=True))
-        for projection, weight in dense.items():
-            if stack.members:
-                for name, w in zip(stack.parameters(projection), weight, strict=True):
-                    family._place(name, w.contiguous())
-            else:
-                family._place(stack.parameters(projection)[0], (weight.mT if stack.transposed else weight).contiguous())
-        biases = family.expert_biases(stack, 0, stack.num_experts)
-        for projection, bias in biases.items():
-            name = stack.bias_parameter(projection)
-            assert name is not None
-            family._place(name, bias.float())
-    if "switch" not in family.config.model_type:
-        family.model.set_experts_implementation("eager")
-    return family.model
-
-
-def inputs(model: Any) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 43, (2, 11), generator=torch.Generator().manual_seed(1))
-    return (
-        {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
-    )
-
-
-def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative to the scale of `b`."""
-    return float((a - b).abs().max() / b.abs().max())
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory) -> Callable[[str], tuple[Path, Path, list[Event]]]:
-    """Source folder, compressed folder and events of each source, made once."""
-    done: dict[str, tuple[Path, Path, list[Event]]] = {}
-
-    def make(name: str) -> tuple[Path, Path, list[Event]]:
-        if name not in done:
-            root = tmp_path_factory.mktemp(name.replace(" ", "-"))
-            source = add_tokenizer(SOURCES[name](root / "source"))
-            done[name] = source, root / "out", run(source, root / "out")
-        return done[name]
-
-    return make
-
-
-@pytest.mark.parametrize("name", SOURCES)
+@all_sources
 def test_the_compressed_model_gives_the_logits_of_the_decoded_one(name: str, made) -> None:
     """Up to float32 rounding through a few layers; a wrong row, level or expert changes the logits by 1e-2 and more."""
-    source, folder, _ = made(name)
-    model = load(folder)
+    model, expected = made(name).model, made(name).logits
     # one op per layer: every gate was recognised
     assert all(m._named_gate is not None for m in model.modules() if isinstance(m, PackedExperts))
-    dense = decoded(source, model)
-    given = inputs(model)
     with torch.no_grad():
-        expected, got = dense(**given, use_cache=False).logits, model(**given, use_cache=False).logits
+        got = model(**inputs(model), use_cache=False).logits
     assert largest_difference(got, expected) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "llama4", "deepseek-v3", "switch"])
 def test_greedy_text_is_that_of_the_decoded_model(name: str, made) -> None:
-    source, folder, _ = made(name)
-    model = load(folder)
-    dense = decoded(source, model)
+    model, dense = made(name).model, made(name).decoded
     ids = inputs(model)["input_ids"]
     wanted = {"max_new_tokens": 9, "do_sample": False}
     assert torch.equal(model.generate(ids, **wanted), dense.generate(ids, **wanted))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@all_sources
 def test_the_folder_is_whole_and_only_experts_changed(name: str, made) -> None:
-    source, folder, events = made(name)
+    source, folder, events = made(name).source, made(name).folder, made(name).events
     problems = [p for p in halfbit.verify(folder) if isinstance(p, Problem)]
     assert not problems
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -192,8 +78,7 @@ def test_the_folder_is_whole_and_only_experts_changed(name: str, made) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-tied", "gpt-oss", "granitemoe", "switch"])
 def test_saving_and_loading_again_keeps_every_bit(name: str, made, tmp_path) -> None:
-    _, folder, _ = made(name)
-    model = load(folder)
+    model = made(name).model
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     first, second = model.state_dict(), again.state_dict()
@@ -212,8 +97,7 @@ def test_saving_and_loading_again_keeps_every_bit(name: str, made, tmp_path) -> 
 
 
 def test_weights_are_never_expanded_and_casts_keep_the_stored_bits(made) -> None:
-    _, folder, _ = made("qwen3-moe")
-    model = load(folder, torch.bfloat16)
+    model = load(made("qwen3-moe").folder, torch.bfloat16)
     before = {n: m.packed().tensors for n, m in model.named_modules() if isinstance(m, PackedMatrix)}
     for cast in (Tensor.half, Tensor.float, Tensor.bfloat16):
         model._apply(lambda t, cast=cast: cast(t) if t.is_floating_point() else t)
@@ -230,19 +114,15 @@ def test_weights_are_never_expanded_and_casts_keep_the_stored_bits(made) -> None
 
 
 @pytest.mark.parametrize("name", ["qmoe-2bit", "rtn-ternary"])
-def test_the_other_recipes(name: str, made, tmp_path) -> None:
-    source, _, _ = made("mixtral")
-    run(source, tmp_path / "out", name=name)
-    model = load(tmp_path / "out")
-    dense = decoded(source, model)
+def test_the_other_recipes(name: str, made) -> None:
+    other = made("mixtral", name)
     with torch.no_grad():
-        assert largest_difference(model(**inputs(model)).logits, dense(**inputs(model)).logits) < 2e-5
+        assert largest_difference(other.model(**inputs(other.model)).logits, other.logits) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
 def test_torch_compile_takes_the_whole_model_in_one_graph(name: str, made) -> None:
-    _, folder, _ = made(name)
-    model = load(folder)
+    model = made(name).model
     given = inputs(model)
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits
@@ -251,8 +131,7 @@ def test_torch_compile_takes_the_whole_model_in_one_graph(name: str, made) -> No
 
 
 def test_the_layer_op_passes_opcheck(made) -> None:
-    _, folder, _ = made("gpt-oss")
-    model = load(folder)
+    model = made("gpt-oss").model
     layer = next(m for m in model.modules() if isinstance(m, PackedExperts))
     up, down = layer.matrix(layer._up), layer.matrix(layer._down)
     generator = torch.Generator().manual_seed(0)
@@ -268,8 +147,8 @@ def test_the_layer_op_passes_opcheck(made) -> None:
 
 
 def test_the_same_run_gives_the_same_bytes(made, tmp_path) -> None:
-    source, folder, _ = made("qwen3-moe")
-    run(source, tmp_path / "again")
+    source, folder = made("qwen3-moe").source, made("qwen3-moe").folder
+    run(source, tmp_path / "again", "qmoe")
     for path in sorted(folder.iterdir()):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -277,26 +156,26 @@ def test_the_same_run_gives_the_same_bytes(made, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
 @pytest.mark.parametrize("after", [1, 2])
 def test_an_interrupted_run_continues_to_the_identical_files(name: str, after: int, made, tmp_path) -> None:
-    source, folder, _ = made(name)
-    chosen = recipe.load("qmoe").calibrated(samples=6, sequence_length=12)
-    steps: Any = compress(str(source), tmp_path / "out", chosen, text(source))
+    source, folder = made(name).source, made(name).folder
+    steps: Any = compress(str(source), tmp_path / "out", chosen("qmoe"), text(source))
     for event in steps:
         if isinstance(event, BlockBegan) and event.number == after:
             next(steps)  # a part of the block is done
             break
     steps.close()
     assert not (tmp_path / "out" / "config.json").exists()
-    rest = run(source, tmp_path / "out")
+    rest = run(source, tmp_path / "out", "qmoe")
     began = next(e for e in rest if isinstance(e, Began))
     assert after <= began.resumed < began.blocks
     for path in sorted(folder.iterdir()):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
-def test_rules_can_leave_layers_alone(made, tmp_path) -> None:
+def test_rules_can_leave_layers_alone(saved, tmp_path) -> None:
     """Packed and plain experts in one model; the plain ones still load through transformers' own conversion."""
-    source, _, _ = made("qwen3-moe")
-    run(source, tmp_path / "out", changes='match = "*.experts.*" -> match = "model.layers.[12].*.experts.*"')
+    run(
+        saved("qwen3-moe"), tmp_path / "out", "qmoe", 'match = "*.experts.*" -> match = "model.layers.[12].*.experts.*"'
+    )
     model = load(tmp_path / "out")
     kinds = [isinstance(model.get_submodule(f"model.layers.{i}.mlp.experts"), PackedExperts) for i in range(3)]
     assert kinds == [False, True, True]
@@ -308,10 +187,9 @@ def test_rules_can_leave_layers_alone(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("undersampled", ["shrink", "identity"])
-def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: str, made, tmp_path) -> None:
-    source, _, _ = made("qwen3-moe")
+def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: str, saved, tmp_path) -> None:
     change = f'undersampled = "shrink" -> undersampled = "{undersampled}"'
-    events = run(source, tmp_path / "out", changes=change, samples=1)
+    events = run(saved("qwen3-moe"), tmp_path / "out", "qmoe", change, samples=1)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     tables = manifest["coverage"]
     assert any(table["below_floor"] for table in tables.values())
@@ -323,31 +201,30 @@ def test_experts_without_tokens_are_named_in_the_coverage_table(undersampled: st
             assert named == (expert in table["below_floor"]) == (table["trained"][expert] == 0)
 
 
-def test_experts_without_tokens_can_stop_the_run(made, tmp_path) -> None:
-    source, _, _ = made("qwen3-moe")
+def test_experts_without_tokens_can_stop_the_run(saved, tmp_path) -> None:
+    change = 'undersampled = "shrink" -> undersampled = "fail"'
     with pytest.raises(CoverageError, match=r"model\.layers\.\d\.mlp\.experts\.\d+: got 0") as caught:
-        run(source, tmp_path / "out", changes='undersampled = "shrink" -> undersampled = "fail"', samples=1)
+        run(saved("qwen3-moe"), tmp_path / "out", "qmoe", change, samples=1)
     assert caught.value.tokens == 0
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_true_sequential_solves_the_output_on_compressed_inputs(made, tmp_path) -> None:
-    source, folder, _ = made("mixtral")
-    run(source, tmp_path / "out", changes="true_sequential = false -> true_sequential = true")
+    source, folder = made("mixtral").source, made("mixtral").folder
+    run(source, tmp_path / "out", "qmoe", "true_sequential = false -> true_sequential = true")
     first, second = (json.loads((f / "manifest.json").read_text())["matrices"] for f in (folder, tmp_path / "out"))
     block = [n for n in first if n.startswith("model.layers.0.")]
     assert all(first[n] == second[n] for n in block if n.endswith("gate_up_proj"))
     assert any(first[n]["loss"] != second[n]["loss"] for n in block if n.endswith("down_proj"))
 
 
-def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_path) -> None:
-    source, folder, _ = made("olmoe")
-    run(source, tmp_path / "out", name="rtn-ternary")
-    original = load(source)
+def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made) -> None:
+    models = [made("olmoe", name).model for name in ("qmoe", "rtn-ternary")]
+    original = load(made("olmoe").source)
     samples = causal_samples(
         windows(torch.randint(3, 43, (72,), generator=torch.Generator().manual_seed(0)), 6, 12), []
     )
-    distances: Any = [measure(load(f), samples, original=original).kl_divergence for f in (folder, tmp_path / "out")]
+    distances: Any = [measure(m, samples, original=original).kl_divergence for m in models]
     assert distances[0] < distances[1]
 
 
@@ -355,9 +232,7 @@ def test_calibrated_beats_round_to_nearest_on_the_calibration_tokens(made, tmp_p
 @pytest.mark.parametrize("lost", ["experts.packed_down_proj", "mlp.gate.weight", "self_attn.q_proj.weight"])
 def test_from_pretrained_refuses_a_folder_that_lacks_a_weight(name: str, lost: str, made, tmp_path) -> None:
     """transformers itself would warn and go on with random numbers."""
-    source, _, _ = made("mixtral")
-    out = tmp_path / "out"
-    run(source, out, name=name)
+    out = Path(shutil.copytree(made("mixtral", name).folder, tmp_path / "out"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     # the checkpoint's own name of Mixtral's router is another
     gone = next(n for n in index["weight_map"] if "layers.1." in n and lost.removeprefix("mlp.") in n)
@@ -387,8 +262,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("key", "value"), HOSTILE)
 def test_nothing_in_a_config_is_believed(key: str, value: object, made, tmp_path) -> None:
-    _, folder, _ = made("mixtral")
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    copy = Path(shutil.copytree(made("mixtral").folder, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     entry = config["quantization_config"]["modules"]["model.layers.1.mlp.experts"]["down_proj"]
     entry[key] = value
@@ -399,8 +273,7 @@ def test_nothing_in_a_config_is_believed(key: str, value: object, made, tmp_path
 
 @pytest.mark.parametrize("modules", [[1], "x", {"model.norm": {}}, {"model.layers.1.mlp.experts": [1]}])
 def test_modules_of_a_config_must_be_experts(modules: object, made, tmp_path) -> None:
-    _, folder, _ = made("mixtral")
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    copy = Path(shutil.copytree(made("mixtral").folder, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["modules"] = modules
     (copy / "config.json").write_text(json.dumps(config))
@@ -408,21 +281,19 @@ def test_modules_of_a_config_must_be_experts(modules: object, made, tmp_path) ->
         load(copy)
 
 
-def test_another_model_of_the_same_shapes_does_not_continue_a_run(made, tmp_path) -> None:
-    source, _, _ = made("qwen3-moe")
+def test_another_model_of_the_same_shapes_does_not_continue_a_run(saved, tmp_path) -> None:
+    source = saved("qwen3-moe")
     other = Path(shutil.copytree(source, tmp_path / "other"))
     tiny_models.edit(other, lambda tensors: [t.neg_() for n, t in tensors.items() if "experts" in n])
-    chosen = recipe.load("qmoe").calibrated(samples=6, sequence_length=12)
-    steps: Any = compress(str(source), tmp_path / "out", chosen, text(source))
+    steps: Any = compress(str(source), tmp_path / "out", chosen("qmoe"), text(source))
     next(e for e in steps if isinstance(e, BlockBegan) and e.number == 1)
     steps.close()
     with pytest.raises(OutputError, match="holds another run"):
-        list(compress(str(other), tmp_path / "out", chosen, text(source)))
+        list(compress(str(other), tmp_path / "out", chosen("qmoe"), text(source)))
 
 
 def test_the_model_can_be_saved_by_torch_and_copied(made, tmp_path) -> None:
-    _, folder, _ = made("qwen3-moe")
-    model = load(folder)
+    model = made("qwen3-moe").model
     torch.save(model.state_dict(), tmp_path / "state.pt")
     back = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(torch.equal(t, back[n]) for n, t in model.state_dict().items())
@@ -431,12 +302,9 @@ def test_the_model_can_be_saved_by_torch_and_copied(made, tmp_path) -> None:
         assert torch.equal(deepcopy(model)(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
-def test_rules_that_do_nothing_are_told(made, tmp_path) -> None:
-    source, _, _ = made("mixtral")
+def test_rules_that_do_nothing_are_told(saved, tmp_path) -> None:
     rule = recipe.load("qmoe").to_toml().split("[solving]")[0].split("[[rules]]")[1]
-    chosen = Recipe.from_toml(
-        recipe.load("qmoe").to_toml() + "[[rules]]" + rule.replace("*.experts.*", "*.norm_of_nothing")
-    ).calibrated(samples=2, sequence_length=12)
-    events = list(compress(str(source), tmp_path / "out", chosen, text(source)))
+    rules = recipe.load("qmoe").to_toml() + "[[rules]]" + rule.replace("*.experts.*", "*.norm_of_nothing")
+    events = run(saved("mixtral"), tmp_path / "out", rules, samples=2)
     told = [e.message for e in events if isinstance(e, Noticed)]
     assert any("'*.norm_of_nothing' is the first match of no matrix" in m for m in told)

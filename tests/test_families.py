@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,7 @@ TOLERANCE = 1e-5
 MIXTURES = [n for n, c in tiny_models.CONFIGS.items() if any(k in c.to_dict() for k in ("num_experts_per_tok", "d_kv"))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices of a few dozen rows: waiting for a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+layouts = pytest.mark.parametrize("layout", ["", " as built"])
 
 
 @pytest.fixture(params=sorted(tiny_models.CONFIGS))
@@ -43,8 +38,12 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@cache
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The whole model as transformers loads it. "eager" is the experts' own definition, which takes odd sizes."""
+    """The whole model as transformers loads it. "eager" is the experts' own definition, which takes odd sizes.
+
+    Loaded once; tests leave it as it is.
+    """
     kind = AutoModelForSeq2SeqLM if "switch" in (folder / "config.json").read_text() else AutoModelForCausalLM
     return kind.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
@@ -99,9 +98,9 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 # the whole
 
 
-@pytest.mark.parametrize("layout", [tiny_models.save, tiny_models.save_as_built])
-def test_block_by_block_equals_the_whole_model(name, layout, tmp_path):
-    folder = layout(name, tmp_path / name)
+@layouts
+def test_block_by_block_equals_the_whole_model(name, layout, saved):
+    folder = saved(name + layout)
     whole = reference(folder)
     with torch.no_grad():
         expected = whole(**inputs(whole)).logits
@@ -119,8 +118,8 @@ def test_a_sharded_checkpoint_gives_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "switch-untied"])
-def test_padding_reaches_every_block(name, tmp_path):
-    folder = tiny_models.save(name, tmp_path / name)
+def test_padding_reaches_every_block(name, saved):
+    folder = saved(name)
     mask = torch.ones(3, LENGTH, dtype=torch.int64)
     mask[1, -5:] = 0
     whole = reference(folder)
@@ -155,9 +154,10 @@ def test_the_example_equals_the_whole_model():
     assert_same(block_by_block(open_family(Reader(folder))), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_loaded_is_what_from_pretrained_loads(name, dtype, tmp_path):
-    folder = tiny_models.save(name, tmp_path / name)
+# some weights stay in float32 where the others become float16, and not where they become bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_loaded_is_what_from_pretrained_loads(name, dtype, saved):
+    folder = saved(name)
     family = open_family(Reader(folder))
     family.load_outer(dtype=dtype)
     for stack in family.stacks():
@@ -178,20 +178,26 @@ def test_what_is_loaded_is_what_from_pretrained_loads(name, dtype, tmp_path):
 # experts
 
 
-def record_experts(model: PreTrainedModel) -> list[Any]:
-    """A list that fills with (path, module, args, kwargs, result) of every call of an experts module."""
+def calls_of_experts(model: PreTrainedModel) -> list[Any]:
+    """(path, module, args, kwargs, result) of every call of an experts module in one pass of `inputs`."""
     calls: list[Any] = []
-    for path in find_experts(model):
+    hooks = [
         model.get_submodule(path).register_forward_hook(
             lambda m, args, kwargs, result, path=path: calls.append((path, m, args, kwargs, result)), with_kwargs=True
         )
+        for path in find_experts(model)
+    ]
+    with torch.no_grad():
+        model(**inputs(model))
+    for hook in hooks:
+        hook.remove()
     return calls
 
 
-@pytest.mark.parametrize("layout", [tiny_models.save, tiny_models.save_as_built])
+@layouts
 @pytest.mark.parametrize("name", MIXTURES)
-def test_expert_weights_are_those_of_the_module_in_out_in(name, layout, tmp_path):
-    folder = layout(name, tmp_path / name)
+def test_expert_weights_are_those_of_the_module_in_out_in(name, layout, saved):
+    folder = saved(name + layout)
     family, whole = open_family(Reader(folder)), reference(folder)
     assert family.experts
     for stack in family.experts.values():
@@ -206,11 +212,9 @@ def test_expert_weights_are_those_of_the_module_in_out_in(name, layout, tmp_path
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_experts_forward_equals_the_modules_own(name, tmp_path):
-    whole = reference(tiny_models.save(name, tmp_path / name))
-    stacks, calls = find_experts(whole), record_experts(whole)
-    with torch.no_grad():
-        whole(**inputs(whole))
+def test_experts_forward_equals_the_modules_own(name, saved):
+    whole = reference(saved(name))
+    stacks, calls = find_experts(whole), calls_of_experts(whole)
     assert len(calls) == len(stacks)
     for path, module, args, kwargs, expected in calls:
         stack = stacks[path]
@@ -224,12 +228,10 @@ def test_experts_forward_equals_the_modules_own(name, tmp_path):
         assert_same(got.view_as(expected), expected)
 
 
-def test_llama4_tokens_of_other_experts_are_skipped(tmp_path):
+def test_llama4_tokens_of_other_experts_are_skipped(saved):
     """Every token is given to each of the five experts, multiplied by zero for all but one."""
-    whole = reference(tiny_models.save("llama4", tmp_path / "llama4"))
-    stacks, calls = find_experts(whole), record_experts(whole)
-    with torch.no_grad():
-        whole(**inputs(whole))
+    whole = reference(saved("llama4"))
+    stacks, calls = find_experts(whole), calls_of_experts(whole)
     indices = [stacks[path].route(args, kwargs)[1] for path, _, args, kwargs, _ in calls]
     assert {stack.form for stack in stacks.values()} == {"sorted"}
     taken = sum(int((index < 5).sum()) for index in indices)
@@ -237,12 +239,10 @@ def test_llama4_tokens_of_other_experts_are_skipped(tmp_path):
     assert sum(int((index == 5).sum()) for index in indices) == 4 * taken
 
 
-def test_switch_tokens_beyond_the_capacity_are_skipped(tmp_path):
+def test_switch_tokens_beyond_the_capacity_are_skipped(saved):
     """Their one-hot row is all zeros. Not every version of transformers drops tokens, so the zeros are put in here."""
-    whole = reference(tiny_models.save("switch-untied", tmp_path / "switch"))
-    stacks, calls = find_experts(whole), record_experts(whole)
-    with torch.no_grad():
-        whole(**inputs(whole))
+    whole = reference(saved("switch-untied"))
+    stacks, calls = find_experts(whole), calls_of_experts(whole)
     path, _, (hidden, chosen, weights), _, _ = calls[0]
     assert stacks[path].form == "one_hot"
     dropped = chosen.clone()
@@ -263,8 +263,8 @@ def test_experts_with_a_learned_activation_are_refused_by_name():
         find_experts(model)
 
 
-def test_an_index_outside_the_experts_is_skipped(tmp_path):
-    whole = reference(tiny_models.save("gpt-oss", tmp_path / "m"))
+def test_an_index_outside_the_experts_is_skipped(saved):
+    whole = reference(saved("gpt-oss"))
     (path, stack), *_ = find_experts(whole).items()
     module = whole.get_submodule(path)
     weights = {p: module.get_parameter(p).transpose(1, 2) for p in stack.projections}
@@ -278,8 +278,8 @@ def test_an_index_outside_the_experts_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4", "switch"])
-def test_load_block_leaves_experts_unloaded_and_streaming_reads_only_what_is_asked(name, tmp_path):
-    reader = Reader(tiny_models.save(name, tmp_path / name))
+def test_load_block_leaves_experts_unloaded_and_streaming_reads_only_what_is_asked(name, saved):
+    reader = Reader(saved(name))
     family = open_family(reader)
     stack = next(iter(family.experts.values()))
     block = family.block_of(stack.path)
@@ -333,8 +333,8 @@ def test_convolutions_are_not_experts():
 # claims
 
 
-def test_every_tensor_is_claimed_once_and_every_weight_given_once(name, tmp_path):
-    reader = Reader(tiny_models.save(name, tmp_path / name))
+def test_every_tensor_is_claimed_once_and_every_weight_given_once(name, saved):
+    reader = Reader(saved(name))
     family = open_family(reader)
     claims = family.claims()
     assert list(claims.tensors) == reader.names()
@@ -441,8 +441,8 @@ def test_a_tied_weight_may_be_there_under_its_other_name(tmp_path):
 # blocks
 
 
-def test_batches_of_one_shape_share_their_masks_but_not_their_states(tmp_path):
-    family = open_family(Reader(tiny_models.save("switch", tmp_path / "m")))
+def test_batches_of_one_shape_share_their_masks_but_not_their_states(saved):
+    family = open_family(Reader(saved("switch")))
     family.load_outer()
     decoder = family.stacks()[1]
     encoded = [torch.randn(3, LENGTH, 36) for _ in range(2)]

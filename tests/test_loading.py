@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from compressed import EVERYTHING, decoded, inputs, largest_difference, load, run
 from safetensors.torch import load_file, save_file
-from test_dense import EVERYTHING, expected, run
-from test_end_to_end import add_tokenizer, inputs, largest_difference, load
 
 import halfbit
 from halfbit import formats
@@ -38,26 +37,24 @@ TABLE = """
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", tiny_models.FILLED)
-def test_what_no_file_has_is_filled_in(name: str, tmp_path) -> None:
-    source = add_tokenizer(tiny_models.save(name, tmp_path / "source"))
+def test_what_no_file_has_is_filled_in(name: str, saved, tmp_path) -> None:
+    source = saved(name)
     run(source, tmp_path / "out", TABLE + EVERYTHING["grouped"])
     model, plain = load(tmp_path / "out"), load(source)
     assert any(isinstance(m, PackedLinear) for m in model.modules())
     buffers = dict(model.named_buffers())
     for path, buffer in plain.named_buffers():
         assert torch.equal(buffers[path], buffer), path
-    dense, given = expected(source, model), inputs(model)
+    dense, given = decoded(source, model), inputs(model)
     with torch.no_grad():
         wanted, got = dense(**given, use_cache=False).logits, model(**given, use_cache=False).logits
     assert largest_difference(got, wanted) < 2e-5
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def llama(made) -> Path:
     """A compressed folder."""
-    root = tmp_path_factory.mktemp("llama")
-    run(add_tokenizer(tiny_models.save("llama", root / "source")), root / "out", EVERYTHING["spqr"])
-    return root / "out"
+    return made("llama", "spqr").folder
 
 
 Q, K, UP = (f"model.layers.1.{n}_proj" for n in ("self_attn.q", "self_attn.k", "mlp.up"))
@@ -226,9 +223,8 @@ def test_an_embedding_refuses_the_ids_that_a_plain_one_refuses(name: str) -> Non
                 layer(torch.tensor([3, wrong]))
 
 
-def test_a_model_of_nothing_but_packed_weights_tells_its_device_and_dtype(tmp_path) -> None:
-    source = add_tokenizer(tiny_models.save("olmo", tmp_path / "source"))
-    run(source, tmp_path / "out", EVERYTHING["grouped"])
+def test_a_model_of_nothing_but_packed_weights_tells_its_device_and_dtype(saved, tmp_path) -> None:
+    run(saved("olmo"), tmp_path / "out", EVERYTHING["grouped"])
     model = load(tmp_path / "out", torch.bfloat16)
     for part in (model, model.model):
         assert part.dtype == torch.bfloat16
@@ -244,21 +240,20 @@ def test_a_model_of_nothing_but_packed_weights_tells_its_device_and_dtype(tmp_pa
     assert torch.equal(load(tmp_path / "again").generate(ids, max_new_tokens=3, do_sample=False), text)
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "switch", "nemotron-h"])
-def test_a_model_can_be_pickled(name: str, tmp_path) -> None:
-    source = add_tokenizer(tiny_models.save(name, tmp_path / "source"))
-    run(source, tmp_path / "out", EVERYTHING["grouped"])
-    model = load(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "rules"), [("qwen2-moe", "grouped"), ("gpt-oss", "qmoe"), ("switch", "spqr"), ("nemotron-h", "spqr")]
+)
+def test_a_model_can_be_pickled(name: str, rules: str, made, tmp_path) -> None:
+    model = made(name, rules).model
     torch.save(model, tmp_path / "model.pt")
     back = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         assert torch.equal(back(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
-def test_a_gate_of_its_own_is_kept_without_the_weights(tmp_path) -> None:
+def test_a_gate_of_its_own_is_kept_without_the_weights(saved) -> None:
     """A gate that no name stands for: it reads a number of the original module."""
-    source = tiny_models.save("gpt-oss", tmp_path / "source")
-    model = load(source)
+    model = load(saved("gpt-oss"))
     path, stack = next(iter(find_experts(model).items()))
     module = model.get_submodule(path)
     gate = OwnGate(stack, module)

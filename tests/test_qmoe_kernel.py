@@ -4,7 +4,6 @@ Tolerance: the 2x rule. The largest error of a product, against float64, is at m
 on the decoded weights, plus two units in the last place of the largest result, for products too small to have an error.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,28 +20,9 @@ if native.extension is None:
 
 from halfbit.formats.qmoe import cpu
 
-set_isa = native.extension.set_isa
 GOLDEN = Path(__file__).parent / "golden" / "qmoe"
 WIDTHS = [*range(1, 34, 2), 28, 56, 63, 2083]
 TOKENS = [0, 1, 2, 5, 8, 17, 40]
-
-
-def _has(name: str) -> bool:
-    try:
-        set_isa(name)
-    except ValueError:
-        return False
-    finally:
-        set_isa("best")
-    return True
-
-
-@pytest.fixture(params=[name for name in ("portable", "avx2", "avx512") if _has(name)])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    set_isa(request.param)
-    assert native.isa() == request.param
-    yield request.param
-    set_isa("best")
 
 
 def ternary(rows: int, columns: int, *, zeros: float = 0.885, seed: int = 0) -> Tensor:

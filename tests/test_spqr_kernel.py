@@ -25,7 +25,6 @@ from test_codecs import bilevel
 
 from halfbit.formats.spqr import cpu, reference
 
-set_isa = native.extension.set_isa
 TOKENS = [0, 1, 2, 17, 300]
 BITS = [2, 3, 4, 5, 6, 7, 8]
 FORMS = [
@@ -37,24 +36,6 @@ FORMS = [
     {"group": None, "scale_bits": 5, "zero_bits": 7, "dtype": "bfloat16"},
     {"group": 16, "rounding": "float16"},
 ]
-
-
-def _has(name: str) -> bool:
-    try:
-        set_isa(name)
-    except ValueError:
-        return False
-    finally:
-        set_isa("best")
-    return True
-
-
-@pytest.fixture(params=[name for name in ("portable", "avx2", "avx512") if _has(name)])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    set_isa(request.param)
-    assert native.isa() == request.param
-    yield request.param
-    set_isa("best")
 
 
 @pytest.fixture(autouse=True)

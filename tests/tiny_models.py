@@ -50,6 +50,8 @@ COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# a first and a last block; the others, of three, have one in the middle too
+TWO = {**COMMON, "num_hidden_layers": 2}
 
 
 def make(kind: Any, **fields: Any) -> PreTrainedConfig:
@@ -60,7 +62,7 @@ def make(kind: Any, **fields: Any) -> PreTrainedConfig:
 CONFIGS: dict[str, PreTrainedConfig] = {
     "mixtral": make(MixtralConfig, **COMMON, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2),
     "mixtral-sliding": make(MixtralConfig,
-        **COMMON, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, sliding_window=7
+        **TWO, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, sliding_window=7
     ),
     "qwen2-moe": make(Qwen2MoeConfig,
         **COMMON, intermediate_size=23, moe_intermediate_size=17, shared_expert_intermediate_size=29, num_experts=7,
@@ -71,30 +73,30 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **COMMON, intermediate_size=23, moe_intermediate_size=17, num_experts=13, num_experts_per_tok=3, head_dim=10,
     ),
     "qwen3-moe-tied": make(Qwen3MoeConfig,
-        **COMMON, intermediate_size=23, moe_intermediate_size=17, num_experts=7, num_experts_per_tok=3, head_dim=10,
+        **TWO, intermediate_size=23, moe_intermediate_size=17, num_experts=7, num_experts_per_tok=3, head_dim=10,
         tie_word_embeddings=True, mlp_only_layers=[1],
     ),
-    "olmoe": make(OlmoeConfig, **COMMON, intermediate_size=17, num_experts=7, num_experts_per_tok=3),
+    "olmoe": make(OlmoeConfig, **TWO, intermediate_size=17, num_experts=7, num_experts_per_tok=3),
     "deepseek-v2": make(DeepseekV2Config,
-        **{**COMMON, "num_key_value_heads": 6}, intermediate_size=23, moe_intermediate_size=17, n_routed_experts=6,
+        **{**TWO, "num_key_value_heads": 6}, intermediate_size=23, moe_intermediate_size=17, n_routed_experts=6,
         n_shared_experts=2, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=14, q_lora_rank=21,
         qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5, n_group=3, topk_group=2,
         topk_method="group_limited_greedy",
     ),
     "deepseek-v3": make(DeepseekV3Config,
-        **{**COMMON, "num_key_value_heads": 6}, intermediate_size=23, moe_intermediate_size=17, n_routed_experts=6,
+        **{**TWO, "num_key_value_heads": 6}, intermediate_size=23, moe_intermediate_size=17, n_routed_experts=6,
         n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=15, q_lora_rank=21,
         qk_rope_head_dim=4, qk_nope_head_dim=7, v_head_dim=5, n_group=2, topk_group=1,
     ),
     "gpt-oss": make(GptOssConfig,
-        **{**COMMON, "num_hidden_layers": 2}, intermediate_size=19, head_dim=10, num_local_experts=5,
+        **TWO, intermediate_size=19, head_dim=10, num_local_experts=5,
         num_experts_per_tok=2, sliding_window=7,
     ),
     "phimoe": make(PhimoeConfig,
-        **COMMON, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, lm_head_bias=True
+        **TWO, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, lm_head_bias=True
     ),
     "granitemoe": make(GraniteMoeConfig,
-        **COMMON, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.0,
+        **TWO, intermediate_size=19, num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.0,
         logits_scaling=2.0, residual_multiplier=0.7, attention_multiplier=0.5,
     ),
     "llama4": make(Llama4TextConfig,
@@ -108,14 +110,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "llama": make(LlamaConfig, **COMMON, intermediate_size=41),
     "one-block": make(LlamaConfig, **{**COMMON, "num_hidden_layers": 1}, intermediate_size=41),
-    "mistral": make(MistralConfig, **COMMON, intermediate_size=41, sliding_window=7),
-    "qwen3": make(Qwen3Config, **COMMON, intermediate_size=41, head_dim=10),
-    "gemma": make(GemmaConfig, **COMMON, intermediate_size=41, head_dim=10),
+    "mistral": make(MistralConfig, **TWO, intermediate_size=41, sliding_window=7),
+    "qwen3": make(Qwen3Config, **TWO, intermediate_size=41, head_dim=10),
+    "gemma": make(GemmaConfig, **TWO, intermediate_size=41, head_dim=10),
     "gemma3": make(Gemma3TextConfig, **COMMON, intermediate_size=41, head_dim=10, sliding_window=7,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "falcon": make(FalconConfig,
-        vocab_size=VOCABULARY, hidden_size=36, num_hidden_layers=3, num_attention_heads=6, alibi=False, bias=True,
+        vocab_size=VOCABULARY, hidden_size=36, num_hidden_layers=2, num_attention_heads=6, alibi=False, bias=True,
         new_decoder_architecture=True, num_kv_heads=2, bos_token_id=1, eos_token_id=2,
     ),
     "falcon-one-block": make(FalconConfig,
@@ -123,7 +125,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         bos_token_id=1, eos_token_id=2,
     ),
     "opt": make(OPTConfig,
-        vocab_size=VOCABULARY, hidden_size=36, num_hidden_layers=3, num_attention_heads=6, ffn_dim=41,
+        vocab_size=VOCABULARY, hidden_size=36, num_hidden_layers=2, num_attention_heads=6, ffn_dim=41,
         max_position_embeddings=64, word_embed_proj_dim=21, do_layer_norm_before=True,
     ),
     "switch": make(SwitchTransformersConfig,
