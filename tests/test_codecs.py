@@ -62,7 +62,7 @@ def test_decoding_gives_what_was_encoded_at_odd_shapes(codec: Codec, rows: int, 
 
 
 @all_codecs
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_matrices_are_stacked_and_cut_without_decoding(codec: Codec, count: int):
     # with and without an order and outliers, in turn
     kinds = [list(conformance.solutions_for(codec, 17, 37, seed=n)) for n in range(count)]
@@ -89,7 +89,7 @@ def test_damage_is_an_error_or_another_matrix_never_a_crash(codec: Codec):
 
 @all_codecs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [[5], [0, 0, 0], [1, 0, 2], [17, 1, 0], [0, 2, 17]])
+@pytest.mark.parametrize("tokens", [[0, 0, 0], [0, 5, 1], [17, 0, 2, 0]])
 def test_the_product_is_as_exact_as_torch(codec: Codec, tokens: list[int], dtype: torch.dtype):
     kinds = [list(conformance.solutions_for(codec, 21, 63, seed=n)) for n in range(len(tokens))]
     for first in range(len(kinds[0])):
@@ -381,7 +381,7 @@ def bilevel(grid: Bilevel, rows: int, columns: int, *, outliers: float = 0.0, or
         ({"bits": 8, "group": None, "scale_bits": 16, "zero_bits": 8, "dtype": "bfloat16"}, 0.01),
     ],
 )
-@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1025, 1027), (4096, 1024), (1024, 11008)])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (1025, 1027), (512, 11008)])
 def test_spqr_wastes_nothing(rows: int, columns: int, fields: dict, outliers: float):
     """At most half a percent above the bits of codes, statistics, and 12 + 16 bits for each outlier."""
     codec = SpQR(**fields)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,16 @@ from halfbit.types import Grid, Packed, Solution
 GOLDEN = Path(__file__).parent / "golden" / "qmoe"
 
 
+@cache
+def whole(name: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
 def read(name: str, prefix: str) -> dict[str, Tensor]:
-    tensors = load_file(GOLDEN / f"{name}.safetensors")
-    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
+    return {k.removeprefix(f"{prefix}."): tensor for k, tensor in whole(name).items() if k.startswith(f"{prefix}.")}
 
 
+@cache
 def described() -> dict[str, dict]:
     with safe_open(GOLDEN / "cases.safetensors", "pt") as file:
         return json.loads(file.metadata()["cases"])

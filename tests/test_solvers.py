@@ -52,7 +52,7 @@ def test_float32_gptq_is_as_good_as_the_definition(grid: Grid):
 
 
 @all_grids
-@pytest.mark.parametrize("block", [1, 3, 16, 1000])
+@pytest.mark.parametrize("block", [1, 16, 1000])
 def test_gptq_is_independent_of_the_block(grid: Grid, block: int):
     w, h = problem(2, 9, 50, 80)
     for a, b in zip(gptq(w, h, grid, names=NAMES, block=block), gptq(w, h, grid, names=NAMES, block=7), strict=True):

@@ -17,6 +17,8 @@ from halfbit.solve.outliers import likely_outliers, threshold, without_outliers
 from halfbit.types import Solution
 
 NAMES = ["expert 0", "expert 1", "expert 2"]
+# where how statistics are found is not what is tested
+QUICK = Bilevel(fitting="min-max")
 
 
 def problem(experts: int, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,18 +59,19 @@ def assert_same(a: Solution, b: Solution) -> None:
 # ------------------------------------------------------------------------------------------ equal to the definition
 
 
-@pytest.mark.parametrize("order", ["identity", "act_order", "sensitivity"])
 @pytest.mark.parametrize(
-    "grid",
+    ("grid", "order"),
     [
-        Bilevel(group=8, supergroup=3),
-        Bilevel(group=8, supergroup=3, fitting="min-max"),
-        Bilevel(4, 5, 16, 3, 4, "bfloat16"),
-        Bilevel(2, 16, 4, 16, 16, "float64", fitting="min-max"),
-        Bilevel(3, None, 3, 3, 4, rounding="float16"),
-        Bilevel(3, 16, 16, 16),
+        (Bilevel(group=8, supergroup=3), "identity"),
+        (Bilevel(group=8, supergroup=3, fitting="min-max"), "identity"),
+        (Bilevel(group=8, supergroup=3, fitting="min-max"), "act_order"),
+        (Bilevel(group=8, supergroup=3, fitting="min-max"), "sensitivity"),
+        (Bilevel(4, 5, 16, 3, 4, "bfloat16"), "act_order"),
+        (Bilevel(2, 16, 4, 16, 16, "float64", fitting="min-max"), "sensitivity"),
+        (Bilevel(3, None, 3, 3, 4, rounding="float16"), "act_order"),
+        (Bilevel(3, 16, 16, 16), "sensitivity"),
     ],
-    ids=repr,
+    ids=str,
 )
 def test_spqr_equals_the_definition(grid: Bilevel, order: orders.Order):
     w, h = problem(3, 7, 37)
@@ -84,25 +87,23 @@ def test_spqr_equals_the_definition(grid: Bilevel, order: orders.Order):
 def test_spqr_is_independent_of_the_block(block: int):
     w, h = problem(2, 9, 50)
     kwargs = {"names": NAMES, "order": "act_order", "outliers": 0.2}
-    for a, b in zip(
-        gptq(w, h, Bilevel(), block=block, **kwargs), gptq(w, h, Bilevel(), block=16, **kwargs), strict=True
-    ):
+    for a, b in zip(gptq(w, h, QUICK, block=block, **kwargs), gptq(w, h, QUICK, block=16, **kwargs), strict=True):
         assert_same(a, b)
 
 
 def test_experts_solved_together_are_solved_alone():
     w, h = problem(3, 9, 40)
     tau = torch.tensor([0.1, 0.4, 0.2], dtype=torch.float64)
-    together = gptq(w, h, Bilevel(), names=NAMES, order="sensitivity", outliers=tau)
+    together = gptq(w, h, QUICK, names=NAMES, order="sensitivity", outliers=tau)
     for e in range(3):
-        (alone,) = gptq(w[e : e + 1], h[e : e + 1], Bilevel(), names=["w"], order="sensitivity", outliers=float(tau[e]))
+        (alone,) = gptq(w[e : e + 1], h[e : e + 1], QUICK, names=["w"], order="sensitivity", outliers=float(tau[e]))
         assert_same(together[e], alone)
 
 
 @pytest.mark.parametrize(("columns", "bits"), [(1, 3), (2, 3), (3, 2), (16, 3), (16, 4)])
 def test_leaving_out_one_equals_brute_force(columns: int, bits: int):
     random = torch.Generator().manual_seed(0)
-    w = torch.randn(2, 200, columns, generator=random, dtype=torch.float64) ** 3
+    w = torch.randn(2, 60, columns, generator=random, dtype=torch.float64) ** 3
     # rows with the smallest or the largest weight twice, rows of one and of two values
     w[:, ::5] = w[:, ::5].clamp(-0.5, 1)
     w[:, 1::10], w[:, 2::10] = 0.7, w[:, 2::10].sign()
@@ -154,11 +155,11 @@ def test_orders_are_what_they_say():
     diagonals = h.diagonal(dim1=-2, dim2=-1).gather(1, by_diagonal)
     assert torch.equal(diagonals, diagonals.sort(descending=True).values)
     for e in range(2):
-        (solution,) = gptq(w[e : e + 1], h[e : e + 1], Bilevel(), names=["w"], damping=0.1, order="sensitivity")
+        (solution,) = gptq(w[e : e + 1], h[e : e + 1], QUICK, names=["w"], damping=0.1, order="sensitivity")
         saliency = w[e].square().sum(0) / torch.linalg.inv(damp(h[e : e + 1], 0.1)[0]).diagonal()
         assert solution.order is not None
         assert torch.equal(solution.order, saliency.argsort(descending=True))
-    assert gptq(w, h, Bilevel(), names=NAMES)[0].order is None
+    assert gptq(w, h, QUICK, names=NAMES)[0].order is None
 
 
 def test_dead_columns_are_kept():
@@ -174,7 +175,7 @@ def test_dead_columns_are_kept():
 @pytest.mark.parametrize("share", [0.002, 0.01, 0.1])
 def test_a_share_is_met(share: float):
     w, h = problem(3, 48, 96)
-    for solution in gptq_with_share(w, h, Bilevel(), share, names=NAMES, order="act_order"):
+    for solution in gptq_with_share(w, h, QUICK, share, names=NAMES, order="act_order"):
         wanted = share * w[0].numel()
         assert abs(len(places(solution)) - wanted) <= max(1.5, 0.03 * wanted)
 
@@ -182,11 +183,11 @@ def test_a_share_is_met(share: float):
 def test_every_expert_has_its_own_share():
     w, h = problem(3, 48, 96)
     shares = torch.tensor([0.0, 0.02, 0.005])
-    solved = gptq_with_share(w, h, Bilevel(), shares, names=NAMES)
+    solved = gptq_with_share(w, h, QUICK, shares, names=NAMES)
     counts = [len(places(s)) for s in solved]
     assert counts[0] == 0
     assert counts[1:] == [pytest.approx(0.02 * 48 * 96, rel=0.035), pytest.approx(23, abs=1)]
-    assert_same(solved[0], gptq(w, h, Bilevel(), names=NAMES)[0])
+    assert_same(solved[0], gptq(w, h, QUICK, names=NAMES)[0])
 
 
 def test_large_matrices_are_searched_on_some_rows_first(monkeypatch: pytest.MonkeyPatch):
@@ -199,13 +200,13 @@ def test_large_matrices_are_searched_on_some_rows_first(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("halfbit.solve.budget.SAMPLE", 40 * 64)
     monkeypatch.setattr("halfbit.solve.budget.solve", counted)
-    solved = gptq_with_share(w, h, Bilevel(), 0.02, names=NAMES)
+    solved = gptq_with_share(w, h, QUICK, 0.02, names=NAMES)
     assert [len(places(s)) for s in solved] == [pytest.approx(0.02 * 200 * 64, rel=0.035)] * 2
     # of 13 supergroups, the last with 8 rows, those with the numbers 0, 5 and 10
     assert rows[0] == 48
     assert rows.count(200) <= 3
     # less than one outlier in the sample
-    assert 1 <= len(places(gptq_with_share(w, h, Bilevel(), 1 / 6400, names=NAMES)[0])) <= 3
+    assert 1 <= len(places(gptq_with_share(w, h, QUICK, 1 / 6400, names=NAMES)[0])) <= 3
 
 
 @pytest.mark.parametrize("weights", ["zero", "two values", "one value", "one spike"])
@@ -273,19 +274,19 @@ def test_identical_rows_have_a_threshold():
 def test_impossible_thresholds_are_refused(tau):
     w, h = problem(2, 4, 16)
     with pytest.raises(RecipeError, match="tau must be at least 0"):
-        gptq(w, h, Bilevel(), names=NAMES, outliers=tau)
+        gptq(w, h, QUICK, names=NAMES, outliers=tau)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_impossible_shares_are_refused(share: float):
     w, h = problem(2, 4, 16)
     with pytest.raises(RecipeError, match="share of outliers must be 0 to 1"):
-        gptq_with_share(w, h, Bilevel(), share, names=NAMES)
+        gptq_with_share(w, h, QUICK, share, names=NAMES)
 
 
 def test_unknown_orders_and_grids_without_outliers_are_refused():
     w, h = problem(1, 4, 16)
     with pytest.raises(RecipeError, match="order must be one of identity, act_order, sensitivity, got 'spearman'"):
-        gptq(w, h, Bilevel(), names=NAMES, order="spearman")  # pyright: ignore[reportArgumentType]
+        gptq(w, h, QUICK, names=NAMES, order="spearman")  # pyright: ignore[reportArgumentType]
     with pytest.raises(Unsupported, match=r"Affine.*outliers need"):
         gptq(w, h, Affine(3), names=NAMES, outliers=0.2)
