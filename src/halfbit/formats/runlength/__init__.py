@@ -52,7 +52,7 @@ class RunLength:
 
     Attributes:
         scale_bits: of the grid `deadzone`, 2 to 8; None: the grid is `ternary`, with two bfloat16 per row.
-        lane: weights that one lane decodes, a power of two, 256 to 32768; None: by density, about 800 bits.
+        lane: weights that one lane decodes, a power of two, 256 to 16384; None: by density, about 800 bits.
     """
 
     scale_bits: int | None = 5
@@ -65,7 +65,7 @@ class RunLength:
         if self.scale_bits is not None and not 2 <= self.scale_bits <= 8:
             raise RecipeError(f"RunLength: scale_bits must be 2 to 8, or None, got {self.scale_bits}")
         if self.lane is not None and self.lane not in [1 << k for k in EXPONENTS]:
-            raise RecipeError(f"RunLength: lane must be a power of two, 256 to 32768, or None, got {self.lane}")
+            raise RecipeError(f"RunLength: lane must be a power of two, 256 to 16384, or None, got {self.lane}")
 
     def encode(self, solution: Solution) -> Packed:
         grid = Ternary() if self.scale_bits is None else Deadzone(self.scale_bits)
@@ -186,7 +186,7 @@ class RunLength:
             raise FormatError(f"runlength: {rows} rows are not {matrices} matrices of one shape", tensor="exponents")
         exponents = t["exponents"].tolist()
         if not all(k in EXPONENTS for k in exponents):
-            raise FormatError(f"runlength: exponents must be 8 to 15, got {exponents}", tensor="exponents")
+            raise FormatError(f"runlength: exponents must be 8 to 14, got {exponents}", tensor="exponents")
         tiles = sum(Lanes(rows // matrices, columns, k).tiles for k in exponents)
         _check_shape(t["stream"], "stream", (t["stream"].numel(),))
         _check_shape(t["tile_bytes"], "tile_bytes", (tiles,))

@@ -3,21 +3,31 @@
 `halfbit::runlength_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from halfbit import native
 from halfbit.formats.runlength import reference
 from halfbit.formats.runlength.lanes import Lanes
+
+if native.extension is not None:
+    from halfbit.formats.runlength import cpu
 
 
 def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.encode`."""
-    return reference.encode(codes, lanes)
+    return _of(codes).encode(codes, lanes)
 
 
 def decode(stream: Tensor, offsets: Tensor, of_tile: Tensor, entries: Tensor, lanes: Lanes) -> Tensor:
     """See `reference.decode`."""
-    return reference.decode(stream, offsets, of_tile, entries, lanes)
+    return _of(stream).decode(stream, offsets, of_tile, entries, lanes)
+
+
+def _of(t: Tensor) -> ModuleType:
+    return cpu if native.extension is not None and t.device.type == "cpu" else reference
 
 
 @torch.library.custom_op(
@@ -28,7 +38,7 @@ def decode(stream: Tensor, offsets: Tensor, of_tile: Tensor, entries: Tensor, la
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `RunLength.runtime`."""
     stream, offsets, of_tile, exponents, levels, entries = tensors
-    return reference.product(x, starts, stream, offsets, of_tile, exponents, levels, entries, out_features)
+    return _of(x).product(x, starts, stream, offsets, of_tile, exponents, levels, entries, out_features)
 
 
 @product.register_fake

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LANES = 32
-# positions in a line are 16-bit numbers in kernels, and a symbol stands for up to 63 weights
-EXPONENTS = range(8, 16)
+# a place in a line and a sign are 16 bits in kernels
+EXPONENTS = range(8, 15)
 
 
 def ceil(a: int, b: int) -> int:

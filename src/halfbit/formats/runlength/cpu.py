@@ -1,0 +1,121 @@
+"""Run lengths on a CPU through the C++ extension: encode, decode, multiply. How it works is told in `runlength.cpp`.
+
+Import this file only where `halfbit.native.extension` is there. The slow and obvious versions are in `reference.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbit import native
+from halfbit.errors import FormatError, Unsupported
+from halfbit.formats.runlength.lanes import LANES, Lanes
+from halfbit.formats.runlength.tables import limits, tables
+
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+# tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time
+TOKENS_TO_DECODE = 33
+WEIGHTS_AT_ONCE = 1 << 20
+
+
+def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.encode`."""
+    arrays = codes.contiguous(), lanes.exponent, limits(), tables().entries, torch.get_num_threads()
+    stream, tile_bytes, of_tile = _extension().runlength_encode(*arrays)
+    return torch.from_numpy(stream), torch.from_numpy(tile_bytes), torch.from_numpy(of_tile)
+
+
+def decode(stream: Tensor, offsets: Tensor, of_tile: Tensor, entries: Tensor, lanes: Lanes) -> Tensor:
+    """See `reference.decode`."""
+    codes = torch.empty(lanes.rows, lanes.columns, dtype=torch.uint8)
+    _decode([stream, offsets, of_tile, entries], 0, lanes, codes.new_empty(0, 2, dtype=torch.float32), 0, codes)
+    return codes
+
+
+def product(
+    x: Tensor,
+    starts: Tensor,
+    stream: Tensor,
+    offsets: Tensor,
+    of_tile: Tensor,
+    exponents: Tensor,
+    levels: Tensor,
+    entries: Tensor,
+    out_features: int,
+) -> Tensor:
+    """See `Codec.product`: straight from the stream where a matrix has few tokens, else some decoded rows at a time."""
+    if x.dtype not in INPUTS or x.ndim != 2 or x.device.type != "cpu":
+        raise Unsupported(
+            f"runlength/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    tiles = [stream, offsets, of_tile, entries]
+    if x.shape[0] < TOKENS_TO_DECODE:
+        # as below, without the time that looking at the groups takes
+        return _few(x, starts, tiles, exponents, levels, out_features).to(x.dtype)
+    counts = starts.diff()
+    many = counts >= TOKENS_TO_DECODE
+    if not many.any():
+        return _few(x, starts, tiles, exponents, levels, out_features).to(x.dtype)
+    y = x.new_empty(x.shape[0], out_features)
+    if not many.all():
+        # the groups with many tokens have none here
+        few = torch.cat([starts[:1], torch.where(many, 0, counts).cumsum(0)])
+        rows = torch.arange(x.shape[0])[~many.repeat_interleave(counts)]
+        y[rows] = _few(x[rows], few, tiles, exponents, levels, out_features).to(x.dtype)
+    first = 0
+    for g, exponent in enumerate(exponents.tolist()):
+        lanes = Lanes(out_features, x.shape[1], exponent)
+        if many[g]:
+            those = slice(int(starts[g]), int(starts[g + 1]))
+            _many(x[those], tiles, first, lanes, levels[g * out_features : (g + 1) * out_features], y[those])
+        first += lanes.tiles
+    return y
+
+
+def _few(
+    x: Tensor, starts: Tensor, tiles: list[Tensor], exponents: Tensor, levels: Tensor, out_features: int
+) -> Tensor:
+    """float32 `[tokens, out]`."""
+    y = torch.empty(x.shape[0], out_features)
+    stream, offsets, of_tile, entries = tiles
+    operands = stream, offsets, of_tile, exponents, levels, entries, y
+    inputs = x.detach().to(torch.float32).contiguous()
+    try:
+        _extension().runlength_product(inputs, starts, *operands, torch.get_num_threads())
+    except RuntimeError as error:
+        raise _damaged(error) from None
+    return y
+
+
+def _many(x: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, y: Tensor) -> None:
+    """All tokens of one matrix, into `y`."""
+    tokens = x.detach().to(torch.float32)
+    height = LANES * lanes.height
+    bands = max(1, WEIGHTS_AT_ONCE // max(1, height * lanes.columns))
+    slab = torch.empty(min(bands * height, lanes.rows), lanes.columns)
+    for band in range(0, lanes.bands, bands):
+        rows = min(lanes.rows, (band + bands) * height) - band * height
+        _decode(tiles, first_tile, lanes, levels, band, slab[:rows])
+        y[:, band * height : band * height + rows] = tokens @ slab[:rows].T
+
+
+def _decode(tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, band: int, to: Tensor) -> None:
+    """The rows from `band` on, as many as `to` has, as codes or as weights."""
+    last = min(lanes.bands, band + -(-to.shape[0] // (LANES * lanes.height)))
+    place = first_tile, lanes.exponent, lanes.rows, levels, band, last, to
+    try:
+        _extension().runlength_decode(*tiles, *place, torch.get_num_threads())
+    except RuntimeError as error:
+        raise _damaged(error) from None
+
+
+def _extension() -> Any:
+    if native.extension is None:
+        raise Unsupported(f"runlength/cpu: {native.reason}")
+    return native.extension
+
+
+def _damaged(error: RuntimeError) -> FormatError:
+    return FormatError(f"runlength/cpu: {error}; the file is damaged, compress the block again", tensor="stream")

@@ -1,0 +1,95 @@
+// Decode some steps of a tile into a buffer, and multiply what is in the buffer, in whatever instructions the compiler is
+// told to use. Included once for each, inside a namespace and between target pragmas; no include guard.
+
+inline bool next(Bytes &bytes, const Tile &tile, const Table &table, States &states, Steps &steps) {
+    const uint8_t *at = bytes.at;
+    bool more = true;
+    int64_t step = 0;
+    for (; step < steps_at_once && more; ++step) {
+        if (at > bytes.end) bytes.damaged();
+        more = false;
+        uint16_t *index = steps.index + step * lanes_of_tile;
+        std::fill_n(index, lanes_of_tile, uint16_t{0});
+        for (int lane = 0; lane < tile.lanes; ++lane) {
+            const uint32_t length = 2 * tile.length[lane];
+            uint32_t position = states.position[lane];
+            if (position >= length) continue;
+            const uint32_t state = states.state[lane], entry = table.entries[state & 255], byte = *at;
+            const uint32_t after = slots(entry) * (state >> 8) + number(entry);
+            // without branches: whether a byte is taken is nobody's guess
+            const uint32_t takes = (after - lowest) >> 31;
+            at += takes;
+            states.state[lane] = static_cast<uint16_t>(after << (8 * takes) | (byte & (0 - takes)));
+            const uint32_t sign = entry >> 25;
+            position += entry >> 15 & 254;
+            states.position[lane] = static_cast<uint16_t>(position);
+            index[lane] = static_cast<uint16_t>((position + sign) & (0 - (entry >> 24 != 0)));
+            if (position < length) more = true;
+            else if (position > length) index[lane] = 0;
+        }
+    }
+    steps.count = step;
+    bytes.at = at;
+    return more;
+}
+
+// As `Multiply`, where a lane is a part of a row. L lanes go abreast, so that their additions need not wait for each other.
+template <int W, int L>
+void multiply_parts(const Steps &steps, const Tile &tile, const float *levels, const float *x, float *sums) {
+    using V = typename Vector<W>::type;
+    for (int lane = 0; lane < tile.lanes; lane += L) {
+        V sum[L] = {};
+        for (int64_t step = 0; step < steps.count; ++step)
+            for (int i = 0; i < L; ++i) {
+                const uint32_t index = steps.index[step * lanes_of_tile + lane + i];
+                sum[i] += levels[2 * (lane + i) + index % 2] * *reinterpret_cast<const V *>(x + int64_t{index / 2} * W);
+            }
+        for (int i = 0; i < std::min(L, tile.lanes - lane); ++i) *reinterpret_cast<V *>(sums + (lane + i) * W) += sum[i];
+    }
+}
+
+// As `Multiply`, where a lane is several rows.
+template <int W>
+void multiply_rows(const Steps &steps, const Tile &tile, const float *levels, const float *x, int64_t columns, float *sums) {
+    using V = typename Vector<W>::type;
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+        const uint16_t *index = steps.index + lane, *last = index + (steps.count - 1) * lanes_of_tile;
+        while (index <= last) {
+            // the row of the first non-zero that is left
+            if (!*index) {
+                index += lanes_of_tile;
+                continue;
+            }
+            const int64_t of_lane = (*index / 2 - 1) / columns, before = of_lane * columns, row = lane * tile.height + of_lane;
+            const uint32_t end = static_cast<uint32_t>(2 * (before + columns) + 1);
+            V sum = {};
+            for (; index <= last && *index <= end; index += lanes_of_tile) {
+                const int64_t column = *index ? *index / 2 - before : 0;
+                sum += levels[2 * row + *index % 2] * *reinterpret_cast<const V *>(x + column * W);
+            }
+            *reinterpret_cast<V *>(sums + row * W) += sum;
+        }
+    }
+}
+
+template <int W, int L>
+void multiply(const Steps &steps, const Tile &tile, const float *levels, const float *x, int64_t columns, float *sums) {
+    if (tile.height == 1) multiply_parts<W, L>(steps, tile, levels, x, sums);
+    else multiply_rows<W>(steps, tile, levels, x, columns, sums);
+}
+
+// As `Multiply` with one token, where a lane is a part of a row and code 1 stands for the negative of code 2: x [columns, 2],
+// negative and as it is. Two instructions for a non-zero.
+inline void add(const Steps &steps, const Tile &tile, const float *levels, const float *x, int64_t, float *sums) {
+    constexpr int abreast = 8;
+    for (int lane = 0; lane < tile.lanes; lane += abreast) {
+        float sum[abreast] = {};
+        for (int64_t step = 0; step < steps.count; ++step)
+            for (int i = 0; i < abreast; ++i) sum[i] += x[steps.index[step * lanes_of_tile + lane + i]];
+        for (int i = 0; i < std::min(abreast, tile.lanes - lane); ++i) sums[lane + i] += levels[2 * (lane + i) + 1] * sum[i];
+    }
+}
+
+inline std::vector<std::pair<int64_t, Multiply>> multiplications() {
+    return {{1, multiply<1, 8>}, {4, multiply<4, 8>}, {8, multiply<8, 8>}, {16, multiply<16, 8>}, {32, multiply<32, 4>}};
+}
