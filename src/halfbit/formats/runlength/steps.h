@@ -1,5 +1,6 @@
-// Decode some steps of a tile into a buffer, and multiply what is in the buffer, in whatever instructions the compiler is
-// told to use. Included once for each, inside a namespace and between target pragmas; no include guard.
+// Decode some steps of a tile into a buffer, and multiply what is in the buffer: in whatever instructions are allowed.
+//
+// Included once for each kind of instructions, inside a namespace and between target pragmas; no include guard.
 
 inline bool next(Bytes &bytes, const Tile &tile, const Table &table, States &states, Steps &steps) {
     const uint8_t *at = bytes.at;

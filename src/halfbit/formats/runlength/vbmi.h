@@ -1,5 +1,6 @@
-// Steps in registers: 32 states of 16 bits are one vector, the table is bytes in vectors. AVX-512 with VBMI and VBMI2;
-// included inside a namespace and between target pragmas; no include guard.
+// Steps in registers, AVX-512 with VBMI and VBMI2: 32 states of 16 bits are one vector, the table is bytes in vectors.
+//
+// Included inside a namespace and between target pragmas; no include guard.
 
 inline bool next_in_registers(Bytes &bytes, const Tile &tile, const Table &table, States &states, Steps &steps) {
     __m512i symbols[4], slots_of[2], first[2];
