@@ -189,6 +189,21 @@ struct States {
     }
 };
 
+// A tile on its way.
+struct Job {
+    Tile tile;
+    Bytes bytes;
+    const Table *table;
+    States states;
+    Steps steps;
+    bool more;  // a lane has weights left
+
+    Job(const Stream &from, int64_t index, const Tile &shape)
+        : tile(shape), bytes(from, index, shape), table(&from.table(index)), more(true) {
+        states.begin(bytes, tile);
+    }
+};
+
 #define HALFBIT_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define HALFBIT_TARGET(names) HALFBIT_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
@@ -204,9 +219,8 @@ using Multiply = void (*)(const Steps &, const Tile &, const float *levels, cons
 
 // What one kind of instructions offers.
 struct Kernels {
-    // Decode the next steps, as long as a lane has weights left: true.
-    bool (*next)(Bytes &, const Tile &, const Table &, States &, Steps &);
-    Multiply add;                                        // one token, opposite levels, a row to a lane
+    void (*next)(Job *, int count);  // decodes the next steps of one or two tiles; none of those that have no more
+    Multiply add;                    // one token, opposite levels, a row to a lane
     std::vector<std::pair<int64_t, Multiply>> multiply;  // by rising number of tokens
 };
 
@@ -378,16 +392,13 @@ nb::tuple encode(Array<const uint8_t, 2> codes, int64_t exponent, Array<const in
 // Each non-zero of a tile: put(lane, place, code).
 template <class Put>
 void each(const Kernels &kernels, const Stream &from, int64_t index, const Tile &tile, const Put &put) {
-    Bytes bytes(from, index, tile);
-    States states;
-    Steps steps;
-    states.begin(bytes, tile);
-    for (bool more = true; more;) {
-        more = kernels.next(bytes, tile, from.table(index), states, steps);
-        for (int64_t i = 0; i < steps.count * lanes_of_tile; ++i)
-            if (const int index = steps.index[i]) put(i % lanes_of_tile, index / 2 - 1, 1 + index % 2);
+    Job job(from, index, tile);
+    while (job.more) {
+        kernels.next(&job, 1);
+        for (int64_t i = 0; i < job.steps.count * lanes_of_tile; ++i)
+            if (const int index = job.steps.index[i]) put(i % lanes_of_tile, index / 2 - 1, 1 + index % 2);
     }
-    states.end(bytes);
+    job.states.end(job.bytes);
 }
 
 constexpr int64_t tiny_work = 1 << 16;  // bytes that are worth a thread
@@ -490,7 +501,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
 
     const Kernels available = kernels(halfbit::active_isa);
     std::vector<Pass> passes;
-    std::vector<std::pair<int64_t, int64_t>> items;  // pass, band
+    std::vector<std::pair<int64_t, int64_t>> items;  // pass, the first of two bands
     int64_t work = 0;
     for (int64_t g = 0; g < groups; ++g) {
         if (start[g] == start[g + 1]) continue;
@@ -507,7 +518,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
             passes.push_back({g, first, taken, add ? 2 : fitting->first, add, add ? available.add : fitting->second, nullptr});
             first += taken;
             work += offsets.data()[tiles[g + 1]] - offsets.data()[tiles[g]];
-            for (int64_t band = 0; band < cut.bands; ++band) items.emplace_back(passes.size() - 1, band);
+            for (int64_t band = 0; band < cut.bands; band += 2) items.emplace_back(passes.size() - 1, band);
         }
     }
     threads = worth(work, threads);
@@ -520,26 +531,29 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         const auto [number, band] = items[item];
         const Pass &pass = passes[number];
         const Cut cut(out, columns, exponents.data()[pass.matrix]);
-        const int64_t top = band * lanes_of_tile * cut.height, bottom = std::min(top + lanes_of_tile * cut.height, out);
-        const int64_t width = pass.add ? 1 : pass.lanes;
+        const int count = band + 1 < cut.bands ? 2 : 1;
+        const int64_t height = lanes_of_tile * cut.height, width = pass.add ? 1 : pass.lanes;
+        const int64_t top = band * height, bottom = std::min(top + count * height, out);
         const float *level = levels.data() + 2 * (pass.matrix * out + top);
-        // as many as a tile has lanes, also where the matrix ends before
-        const Floats of_rows = floats(2 * lanes_of_tile * cut.height), sums = floats(lanes_of_tile * cut.height * width);
-        std::fill_n(std::copy_n(level, 2 * (bottom - top), of_rows.get()), 2 * (lanes_of_tile * cut.height - (bottom - top)), 0.0f);
-        std::fill_n(sums.get(), lanes_of_tile * cut.height * width, 0.0f);
+        // as many as the tiles have lanes, also where the matrix ends before
+        const Floats of_rows = floats(2 * count * height), sums = floats(count * height * width);
+        std::fill(std::copy_n(level, 2 * (bottom - top), of_rows.get()), of_rows.get() + 2 * count * height, 0.0f);
+        std::fill_n(sums.get(), count * height * width, 0.0f);
         for (int64_t segment = 0; segment < cut.segments; ++segment) {
-            const Tile tile(cut, band * cut.segments + segment);
-            const int64_t index = tiles[pass.matrix] + band * cut.segments + segment;
-            const float *inputs = pass.x.get() + (tile.first_column + segment) * pass.lanes;
-            Bytes data(from, index, tile);
-            States states;
-            Steps steps;
-            states.begin(data, tile);
-            for (bool more = true; more;) {
-                more = available.next(data, tile, from.table(index), states, steps);
-                pass.multiply(steps, tile, of_rows.get(), inputs, columns, sums.get());
+            const auto job = [&](int64_t i) {
+                const int64_t tile = (band + i) * cut.segments + segment;
+                return Job(from, tiles[pass.matrix] + tile, Tile(cut, tile));
+            };
+            // the second one stands for nothing where there is one band
+            Job jobs[2] = {job(0), job(count - 1)};
+            const float *inputs = pass.x.get() + (jobs[0].tile.first_column + segment) * pass.lanes;
+            while (jobs[0].more || (count == 2 && jobs[1].more)) {
+                available.next(jobs, count);
+                for (int i = 0; i < count; ++i)
+                    pass.multiply(jobs[i].steps, jobs[i].tile, of_rows.get() + 2 * i * height, inputs, columns,
+                                  sums.get() + i * height * width);
             }
-            states.end(data);
+            for (int i = 0; i < count; ++i) jobs[i].states.end(jobs[i].bytes);
         }
         for (int64_t t = 0; t < pass.tokens; ++t)
             for (int64_t row = top; row < bottom; ++row) y.data()[(pass.first + t) * out + row] = sums[(row - top) * width + t];

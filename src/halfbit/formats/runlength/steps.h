@@ -2,14 +2,17 @@
 //
 // Included once for each kind of instructions, inside a namespace and between target pragmas; no include guard.
 
-inline bool next(Bytes &bytes, const Tile &tile, const Table &table, States &states, Steps &steps) {
-    const uint8_t *at = bytes.at;
+inline void next(Job &job) {
+    const Tile &tile = job.tile;
+    const Table &table = *job.table;
+    States &states = job.states;
+    const uint8_t *at = job.bytes.at;
     bool more = true;
     int64_t step = 0;
     for (; step < steps_at_once && more; ++step) {
-        if (at > bytes.end) bytes.damaged();
+        if (at > job.bytes.end) job.bytes.damaged();
         more = false;
-        uint16_t *index = steps.index + step * lanes_of_tile;
+        uint16_t *index = job.steps.index + step * lanes_of_tile;
         std::fill_n(index, lanes_of_tile, uint16_t{0});
         for (int lane = 0; lane < tile.lanes; ++lane) {
             const uint32_t length = 2 * tile.length[lane];
@@ -29,9 +32,16 @@ inline bool next(Bytes &bytes, const Tile &tile, const Table &table, States &sta
             else if (position > length) index[lane] = 0;
         }
     }
-    steps.count = step;
-    bytes.at = at;
-    return more;
+    job.steps.count = step;
+    job.bytes.at = at;
+    job.more = more;
+}
+
+inline void next(Job *jobs, int count) {
+    for (int i = 0; i < count; ++i) {
+        jobs[i].steps.count = 0;
+        if (jobs[i].more) next(jobs[i]);
+    }
 }
 
 // As `Multiply`, where a lane is a part of a row. L lanes go abreast, so that their additions need not wait for each other.
