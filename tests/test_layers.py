@@ -13,10 +13,11 @@ LAYERS = (
     {"family", "layout"},
     {"families", "writer", "recipe"},
     {"activations", "samples", "nn"},
-    {"flow", "solving", "storing"},
+    {"flow", "solving", "storing", "evaluate", "tunable"},
     {"expert_groups", "linear_groups"},
+    {"teacher", "sizes"},
+    {"tune"},
     {"compress", "folder", "importers"},
-    {"evaluate"},
     {"hf"},
     {"__init__", "cli"},
 )

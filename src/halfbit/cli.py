@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
-from halfbit.errors import CalibrationError, HalfbitError, RecipeError, Unsupported
+from halfbit.errors import CalibrationError, HalfbitError, RecipeError, UnknownName, Unsupported
 from halfbit.evaluate import evaluate, load
 from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved, Tuned
 from halfbit.folder import Problem
@@ -30,6 +30,7 @@ from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
 from halfbit.importers import import_checkpoint
 from halfbit.samples import load_tokenizer
+from halfbit.sizes import bits_for_model_bits, bits_for_size, parse_size
 
 app = typer.Typer(
     help="Compress large language models until they fit the hardware you have, and run them compressed.",
@@ -99,6 +100,12 @@ def compress(
     bits: Annotated[
         float | None, typer.Option(help="Stored bits per weight: of ternary experts, or of SpQR with its outliers.")
     ] = None,
+    bits_of: Annotated[
+        str, typer.Option(help="What --bits counts: experts (the weights whose rate can be chosen) or model (all).")
+    ] = "experts",
+    size: Annotated[
+        str | None, typer.Option(help="Of the whole folder, 12GB or 900MiB: ternary experts at the rate that fits.")
+    ] = None,
     outliers: Annotated[
         float | None, typer.Option(help="SpQR rules: this share of weights as outliers, 0.005.")
     ] = None,
@@ -121,11 +128,18 @@ def compress(
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
-    budgets = {k: v for k, v in {"bits": bits, "outliers": outliers, "tau": tau}.items() if v is not None}
+    asked = {"bits": bits, "size": size, "outliers": outliers, "tau": tau}
+    budgets = {k: v for k, v in asked.items() if v is not None}
     if len(budgets) > 1:
         raise RecipeError(f"--{' and --'.join(budgets)} are ways to say one thing; give one of them")
+    if bits_of not in ("experts", "model"):
+        raise UnknownName("--bits-of", bits_of, ["experts", "model"])
+    if size is not None:
+        budgets = {"bits": bits_for_size(model, chosen, parse_size(size))}
+    elif bits is not None and bits_of == "model":
+        budgets = {"bits": bits_for_model_bits(model, chosen, bits)}
     for budget, value in budgets.items():
-        chosen = chosen.budgeted(budget, value)
+        chosen = chosen.budgeted(budget, float(value))
     chosen = chosen if tune is None else chosen.tuned(steps=tune)
     show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     _tell(folder, as_json)

@@ -156,6 +156,11 @@ def _within(
     return found
 
 
+def blank_bits(shape: tuple[int, int], rule: Rule) -> float:
+    """Stored bits per weight of a matrix `[out, in]` under a rule whose codec has one size, without outliers."""
+    return _bits([_blank(shape, rule)], rule, True)
+
+
 def _blank(shape: tuple[int, int], rule: Rule) -> Solution:
     """What takes as many bits as any solution of this shape without outliers.
 

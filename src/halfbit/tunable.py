@@ -75,12 +75,13 @@ class TunableMatrix(nn.Module):
         if original is not None:
             if not self.symmetric:
                 raise Unsupported(f"{packed.codec!r}: codes can change on the grid 'deadzone' only")
-            edge = self.high.detach() / 2
-            # just so far into the interval of its code that rounding it again gives that code
-            inside = torch.where(codes == 0, original.clamp(-0.999 * edge, 0.999 * edge), original)
-            self.latent = nn.Parameter(
-                torch.where(codes != 0, codes * (codes * original).clamp(min=1.001 * edge), inside)
-            )
+            edge, sizes = self.high.detach() / 2, original.abs()
+            # where the solver chose otherwise than the nearest, mirrored at the threshold: on the side of its code, and
+            # no nearer to changing it than the weight was
+            zero = torch.where(sizes < edge, original, original.sign() * (2 * edge - sizes).clamp(min=0))
+            along = codes * original
+            other = codes * torch.where(along > edge, along, 2 * edge - along)
+            self.latent = nn.Parameter(torch.where(codes == 0, zero, other))
             self.register_buffer("edge", edge)
             self.register_buffer("factor", torch.ones(experts, 1, 1))
             self.nonzeros = codes.ne(0).sum((1, 2)).tolist()

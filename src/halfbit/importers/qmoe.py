@@ -39,7 +39,7 @@ CODEC = QMoE()
 DTYPES = {"w_comp": torch.int16, "row_off": torch.int32, "ter_minmax": torch.bfloat16, "weight": torch.bfloat16}
 # the length field of a row in our layout
 LONGEST_ROW = 65535
-# what torch.load raises for files that are cut off, have other bits or are other pickles (found by trying: see the tests);
+# what torch.load raises for files that are cut off, have other bits or are other pickles (found by trying, see tests);
 # subclasses are meant, as UnicodeDecodeError, KeyError, OverflowError and RecursionError are
 DAMAGED = (
     ArithmeticError,
