@@ -18,7 +18,7 @@ LAYERS = (
     {"teacher", "sizes"},
     {"tune"},
     {"compress", "folder", "importers"},
-    {"hf"},
+    {"hf", "search"},
     {"__init__", "cli"},
 )
 # packages whose members are found through the registry, which imports them by name when asked

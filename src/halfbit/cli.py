@@ -30,6 +30,7 @@ from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
 from halfbit.importers import import_checkpoint
 from halfbit.samples import load_tokenizer
+from halfbit.search import compress_to_loss
 from halfbit.sizes import bits_for_model_bits, bits_for_size, parse_size
 
 app = typer.Typer(
@@ -106,6 +107,10 @@ def compress(
     size: Annotated[
         str | None, typer.Option(help="Of the whole folder, 12GB or 900MiB: ternary experts at the rate that fits.")
     ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="0.02: the fewest bits with which the loss on held-back text rises by 2 % at most."),
+    ] = None,
     outliers: Annotated[
         float | None, typer.Option(help="SpQR rules: this share of weights as outliers, 0.005.")
     ] = None,
@@ -128,20 +133,25 @@ def compress(
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
-    asked = {"bits": bits, "size": size, "outliers": outliers, "tau": tau}
+    asked = {"bits": bits, "size": size, "max-loss": max_loss, "outliers": outliers, "tau": tau}
     budgets = {k: v for k, v in asked.items() if v is not None}
     if len(budgets) > 1:
         raise RecipeError(f"--{' and --'.join(budgets)} are ways to say one thing; give one of them")
     if bits_of not in ("experts", "model"):
         raise UnknownName("--bits-of", bits_of, ["experts", "model"])
-    if size is not None:
+    if max_loss is not None:
+        budgets = {}
+    elif size is not None:
         budgets = {"bits": bits_for_size(model, chosen, parse_size(size))}
     elif bits is not None and bits_of == "model":
         budgets = {"bits": bits_for_model_bits(model, chosen, bits)}
     for budget, value in budgets.items():
         chosen = chosen.budgeted(budget, float(value))
     chosen = chosen if tune is None else chosen.tuned(steps=tune)
-    show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
+    if max_loss is not None:
+        show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device)))
+    else:
+        show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
     _tell(folder, as_json)
 
 

@@ -80,7 +80,7 @@ def compress(
     # tuning wants all of the text
     if recipe.calibration.sequence_length == 0:
         recipe = recipe.calibrated(sequence_length=longest(family.config))
-    documents, samples = _samples(reader, family, recipe, calibration, every=True)
+    documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
     about = {
         "halfbit": version("halfbit"),
         "source": Path(source).name,
@@ -127,7 +127,7 @@ def _compress(
     if any(rule.solver != "rtn" for rule in in_use):
         if recipe.calibration.sequence_length == 0:
             recipe = recipe.calibrated(sequence_length=longest(family.config))
-        documents, samples = _samples(reader, family, recipe, calibration)
+        documents, samples = calibration_samples(reader, family, recipe, calibration)
     about = {
         "halfbit": version("halfbit"),
         "source": Path(source).name,
@@ -311,7 +311,7 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
     return first, last
 
 
-def _samples(
+def calibration_samples(
     reader: Reader, family: Family, recipe: Recipe, source: str | None, *, every: bool = False
 ) -> tuple[list[str], list[Sample]]:
     """The calibration text, and the samples that the recipe wants of it, or every sample it gives."""

@@ -1,0 +1,80 @@
+"""The smallest model that a loss allows: compress at several rates, measure, take the lowest rate that passes.
+
+The loss is measured on the end of the calibration text, which neither the solver nor the tuning has learned from. It
+rises steadily as the rate falls, so the rate is found by halving; each try is a whole run, which continues where it was
+killed like any other.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from halfbit.compress import calibration_samples, compress
+from halfbit.errors import RecipeError
+from halfbit.evaluate import load, measure
+from halfbit.events import Event, Finished, Noticed
+from halfbit.families import open_family
+from halfbit.reader import Reader
+from halfbit.recipe import Recipe
+from halfbit.samples import Sample
+from halfbit.sizes import HIGHEST, LOWEST
+
+TRIALS = ".trials"
+# ratio of two rates that are not worth telling apart
+FINE = 1.04
+
+
+def compress_to_loss(
+    source: str, folder: str | Path, recipe: Recipe, calibration: str | None, most: float, *, device: str = "cpu"
+) -> Iterator[Event]:
+    """Compress with the fewest bits at which the loss rises by no more than the share `most` (0.02: 2 %).
+
+    Raises:
+        RecipeError: not even the highest rate keeps the loss, or the recipe has no rule that takes bits.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        yield Finished(folder)
+        return
+    reader = Reader(source)
+    _, samples = calibration_samples(reader, open_family(reader), recipe, calibration, every=True)
+    held = samples[len(samples) - max(1, round(recipe.tuning.held_back * len(samples))) :]
+    if len(samples) - len(held) < recipe.calibration.samples:
+        raise RecipeError(
+            f"--max-loss: {len(samples)} samples of text are too few to solve with {recipe.calibration.samples} and "
+            f"hold {len(held)} back; give more text or fewer --samples"
+        )
+    allowed = _loss(source, held, device) * (1 + most)
+    low, high, best = LOWEST, HIGHEST, None
+    bits = HIGHEST
+    while best is None or high / low > FINE:
+        trial = folder / TRIALS / f"{bits:.4f}"
+        for event in compress(source, trial, recipe.budgeted("bits", bits), calibration, device=device):
+            if not isinstance(event, Finished):
+                yield event
+        loss = _loss(str(trial), held, device)
+        passed = loss <= allowed
+        yield Noticed(f"{bits:.3f} bits: loss {loss:.4f}, {allowed:.4f} allowed: {'enough' if passed else 'too few'}")
+        if passed:
+            if best is not None:
+                shutil.rmtree(best)
+            high, best = bits, trial
+        elif best is None:
+            raise RecipeError(
+                f"--max-loss {most:g}: with {HIGHEST} bits, the most this recipe has, the loss rises by "
+                f"{loss / allowed * (1 + most) - 1:.4f}; allow more, tune it (--tune), or use a recipe with more bits"
+            )
+        else:
+            low = bits
+            shutil.rmtree(trial)
+        bits = math.sqrt(low * high)
+    # the config last: a folder without it is no model
+    for path in sorted(best.iterdir(), key=lambda p: p.name == "config.json"):
+        path.replace(folder / path.name)
+    shutil.rmtree(folder / TRIALS)
+    yield Finished(folder)
+
+
+def _loss(source: str, samples: list[Sample], device: str) -> float:
+    return measure(load(source, device=device), samples, device=device).loss
