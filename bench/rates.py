@@ -1,0 +1,121 @@
+"""Rate against quality: one model compressed at many rates, with tuning and without, beside its rivals; a table and a plot.
+
+Each point is a run of its own through the command line; bits are counted from the files. Two texts are looked at, one
+like the calibration text and one of another domain: a gain on the first alone is none.
+
+    python bench/rates.py MODEL --calibration TEXT --test TEXT --test OTHER [--bits 0.67 1.0] [--tune 0 200] [--rivals]
+    python bench/rates.py --plot docs/rates.png
+"""
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import record
+import torch
+
+RIVALS = ["qmoe", "rtn-ternary", "qmoe-2bit", "gptq-2-g128", "gptq-3-g128"]
+# of the experts alone, as everything here
+ROW = re.compile(r"(?P<text>\S+): perplexity (?P<perplexity>[\d.]+) .*?KL (?P<kl>[\d.]+)")
+
+
+def run(*arguments: object) -> dict:
+    """One command's JSON."""
+    command = [sys.executable, "-m", "halfbit.cli", *map(str, arguments)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def point(options: argparse.Namespace, name: str, extra: list[object]) -> None:
+    shared = ["--sequence-length", options.sequence_length, "--corruption", options.corruption]
+    with tempfile.TemporaryDirectory() as root:
+        out = Path(root) / "out"
+        given = [options.model, out, "--calibration", options.calibration, "--samples", options.samples]
+        begin = time.perf_counter()
+        report = run("compress", *given, *extra, *shared, "--json")
+        seconds = time.perf_counter() - begin
+        parts = []
+        for text in options.test:
+            against = ["--against", options.model, "--max-tokens", options.max_tokens]
+            figures = run("eval", out, "--text", text, *against, *shared, "--json")
+            parts.append(
+                f"{Path(text).stem}: perplexity {figures['perplexity']:.3f} (original "
+                f"{figures['original_perplexity']:.3f}), loss {figures['loss']:.4f} ({figures['original_loss']:.4f}), "
+                f"KL {figures['kl_divergence']:.5f}"
+            )
+    bits = report["bits_per_packed_weight"]
+    note = f"{bits:.4f} bits per packed weight; {'; '.join(parts)}"
+    print(f"{options.model.name:>16} {name:>24} {seconds:7.1f} s  {note}", flush=True)
+    row = {
+        "shape": options.model.name,
+        "tokens": options.samples * options.sequence_length,
+        "threads": torch.get_num_threads(),
+        "what": name,
+        "seconds": f"{seconds:.1f}",
+        "note": note,
+    }
+    if not options.dry_run:
+        record.append("rates", [row])
+
+
+def plot(path: Path) -> None:
+    """All rows of results.csv: bits against perplexity, one panel per model and text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    with record.RESULTS.open() as file:
+        for row in csv.DictReader(file):
+            if row["bench"] != "rates":
+                continue
+            bits = float(row["note"].split()[0])
+            curve = re.sub(r" [\d.]+ bits", "", row["what"])
+            for found in ROW.finditer(row["note"]):
+                curves = panels.setdefault((row["shape"], found["text"]), {})
+                curves.setdefault(curve, []).append((bits, float(found["perplexity"])))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, ((model, text), curves) in zip(axes[0], panels.items(), strict=True):
+        for curve, points in curves.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=curve)
+        axis.set(title=f"{model}, {text}", xlabel="stored bits per expert weight", ylabel="perplexity", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--calibration")
+    parser.add_argument("--test", action="append", default=[])
+    parser.add_argument("--bits", type=float, nargs="*", default=[0.4, 0.5, 0.67, 0.8, 1.0, 1.2, 1.35, 1.48])
+    parser.add_argument("--tune", type=int, nargs="*", default=[0], help="steps of tuning")
+    parser.add_argument("--rivals", action="store_true", help=f"{', '.join(RIVALS)} too")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=40_960)
+    parser.add_argument("--corruption", default="t5")
+    parser.add_argument("--plot", type=Path, help="draw what is in results.csv, measure nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print, do not append to results.csv")
+    options = parser.parse_args()
+    if options.plot:
+        plot(options.plot)
+        return
+    for steps in options.tune:
+        for bits in options.bits:
+            extra: list[object] = ["--recipe", "runlength", "--bits", bits, "--tune", steps]
+            point(options, f"runlength {bits:g} bits" + (f", {steps} steps of tuning" if steps else ""), extra)
+    for recipe in RIVALS if options.rivals else []:
+        point(options, recipe, ["--recipe", recipe])
+
+
+if __name__ == "__main__":
+    main()
