@@ -15,8 +15,10 @@ shifts (6, 2 per cycle) alone would need 3. Measured, best of 40 calls in a row 
 because x no longer fits the first-level cache. The interleaved medians below are a quarter to a half above that. Bytes
 are no bound: 2 per codeword, 1.2 MB for 12.8 million weights, where bfloat16 reads 25.6 MB.
 
-What bounds SpQR's: instructions too, one shift, one permutation and one multiply-add for 16 weights. Two of the three
-can start in a cycle, so 1.5 cycles; groups of 16 add a fifth, one outlier in a hundred about as much again.
+What bounds SpQR's with one token: instructions on CPUs without VNNI, one shift, one permutation and one multiply-add
+for 16 weights; two of the three can start in a cycle, so 1.5 cycles. With VNNI five instructions for 64 weights, 0.6
+cycles; statistics of groups of 16 and the sums of groups add as much again, one outlier in a hundred about 1 cycle, and
+then memory bounds it. With many tokens: multiply-adds, as torch's product.
 
     python bench/products.py                                        # QMoE, about a minute; appends to bench/results.csv
     python bench/products.py --format spqr --tokens 1 16 512        # SpQR
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=100)
     parser.add_argument("--dense-mib", type=int, default=1200, help="bfloat16 matrices to cycle through")
-    parser.add_argument("--isa", default="best", choices=["best", "portable", "avx2", "avx512"])
+    parser.add_argument("--isa", default="best", choices=["best", "portable", "avx2", "avx512", "avx512vnni"])
     parser.add_argument("--dry-run", action="store_true", help="print, do not append to results.csv")
     options = parser.parse_args()
     if native.extension is None:

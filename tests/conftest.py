@@ -21,7 +21,7 @@ def _instructions() -> list[str]:
     found: list[str] = []
     if native.extension is None:
         return found
-    for name in ("portable", "avx2", "avx512"):
+    for name in ("portable", "avx2", "avx512", "avx512vnni"):
         try:
             native.extension.set_isa(name)
         except ValueError:

@@ -114,6 +114,53 @@ def test_groups_take_their_own_tokens_and_some_have_none(isa: str):
     check(codec, solutions, [1, 1, 1, 1, 1, 1, 1])
 
 
+def test_many_tokens_in_equal_parts(isa: str):
+    # more tokens than are taken at once, and more rows than a thread takes: the last of both are fewer
+    codec = SpQR()
+    check(codec, [bilevel(codec.grid, 150, 300, outliers=0.02, order=True)], [530])
+    check(codec, [bilevel(codec.grid, 129, 520, outliers=0.02, order=True) for _ in range(3)], [5, 17, 45])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [8, 16, None])
+def test_whole_numbers_hold_the_largest_sums(isa: str, bits: int, group: int | None):
+    """All codes at one end and all of x as large as its unit allows: no sum of whole numbers may overflow."""
+    codec = SpQR(bits=bits, group=group)
+    plain = bilevel(codec.grid, 17, 300)
+    for code in (0, 2**bits - 1):
+        solution = replace(plain, codes=torch.full_like(plain.codes, code))
+        tensors = operands(codec, [solution])
+        for size in (1.0, 1.9921, 1.9922, 1.99219, 2 - 2**-23):
+            for x in (torch.full((1, 300), size), torch.full((1, 300), -size)):
+                exact = x.double() @ solution.dense().double().T
+                y = codec.product(x, torch.tensor([0, 1]), tensors, 17)
+                terms = float((x.double().abs() @ solution.dense().double().abs().T).max())
+                # far above what float32 rounds; an overflow is thousands of times larger
+                assert float((y - exact).abs().max()) <= 64 * 2**-24 * terms
+
+
+def test_one_token_of_any_size(isa: str):
+    codec = SpQR()
+    solution = bilevel(codec.grid, 33, 300, outliers=0.02, order=True)
+    tensors, w = operands(codec, [solution]), solution.dense().double()
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 300, generator=random)
+    for scale in (0.0, 1e-40, 1e-30, 1e-20, 1e20, 1e30):
+        y = codec.product(scale * x, torch.tensor([0, 1]), tensors, 33)
+        exact = (scale * x).double() @ w.T
+        # the smallest: subnormal products are rounded to multiples of 2^-149
+        assert float((y - exact).abs().max()) <= 1e-5 * float(exact.abs().max()) + 300 * 2**-149
+    mixed = x * 10.0 ** torch.randint(-12, 4, (300,), generator=random)
+    exact = mixed.double() @ w.T
+    assert float((codec.product(mixed, torch.tensor([0, 1]), tensors, 33) - exact).abs().max()) <= 1e-6 * float(
+        (mixed.double().abs() @ w.abs().T).max()
+    )
+    for bad in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[0, 7] = bad
+        assert not torch.isfinite(codec.product(broken, torch.tensor([0, 1]), tensors, 33)).any()
+
+
 def test_outliers_everywhere(isa: str):
     codec = SpQR()
     plain = bilevel(codec.grid, 17, 300)

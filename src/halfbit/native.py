@@ -20,5 +20,5 @@ except ImportError as error:
 
 
 def isa() -> str:
-    """The instructions the CPU kernels use: "portable", "avx2" or "avx512"; "none" without the extension."""
+    """What the CPU kernels use: "portable", "avx2", "avx512" or "avx512vnni"; "none" without the extension."""
     return extension.isa() if extension is not None else "none"

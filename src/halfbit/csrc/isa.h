@@ -12,15 +12,20 @@
 namespace halfbit {
 
 // Ordered: a CPU that has one has all before it.
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512vnni };
 
-inline constexpr const char *isa_names[] = {"portable", "avx2", "avx512"};
+inline constexpr const char *isa_names[] = {"portable", "avx2", "avx512", "avx512vnni"};
 
 inline Isa best_isa() {
 #ifdef HALFBIT_X86
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi2");
-    if (avx2 && __builtin_cpu_supports("avx512f")) return Isa::avx512;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+    // sums of products of bytes, and fields of any width as bytes: Intel since Ice Lake, AMD since Zen 4
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return Isa::avx512vnni;
+    if (avx512) return Isa::avx512;
     if (avx2) return Isa::avx2;
 #endif
     return Isa::portable;

@@ -209,7 +209,7 @@ struct Kernel {
 
 std::vector<Kernel> kernels(Isa isa) {
 #ifdef HALFBIT_X86
-    if (isa == Isa::avx512)
+    if (isa >= Isa::avx512)
         return {{1, avx512<1>}, {4, avx512<4>}, {8, avx512<8>}, {16, avx512<16>}, {32, avx512<16, 2>}};
     if (isa == Isa::avx2) return {{1, avx2<1>}, {4, avx2<4>}, {8, avx2<8>}, {16, avx2<8, 2>}};
 #endif

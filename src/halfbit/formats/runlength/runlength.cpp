@@ -261,7 +261,7 @@ Kernels kernels(Isa isa) {
     static const bool permutes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                                  __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                  __builtin_cpu_supports("avx512vl");
-    if (isa == Isa::avx512 && permutes) return avx512::kernels();
+    if (isa >= Isa::avx512 && permutes) return avx512::kernels();
     if (isa != Isa::portable) return avx2::kernels();
 #endif
     static_cast<void>(isa);

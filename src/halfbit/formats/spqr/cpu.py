@@ -16,8 +16,8 @@ from halfbit.formats.spqr.reference import Form, Operands
 from halfbit.formats.spqr.tiled import TILE
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
-# tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time;
-# measured by bench/products.py
+# Where torch multiplies bfloat16 tiles, or the extension has no vector kernels: tokens of a matrix from which its rows
+# are decoded and multiplied by torch, and the weights of rows decoded at a time; measured by bench/products.py
 TOKENS_TO_DECODE = 32
 WEIGHTS_AT_ONCE = 1 << 21
 
@@ -35,14 +35,13 @@ def decode(tensors: list[Tensor], form: Form) -> Tensor:
 
 
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
-    """See `Codec.product`: straight from the codes where a matrix has few tokens, else some decoded rows at a time."""
+    """See `Codec.product`: by the extension, or through torch some decoded rows at a time, where that is faster."""
     if x.dtype not in INPUTS or x.ndim != 2 or x.device.type != "cpu":
         raise Unsupported(
             f"spqr/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
-    if x.shape[0] < TOKENS_TO_DECODE:
-        # as below, without the time that looking at the groups takes
+    if x.shape[0] < TOKENS_TO_DECODE or (native.isa() != "portable" and _computed_in(x.dtype) == torch.float32):
         return _few(x, starts, tensors, form).to(x.dtype)
     operands, counts = Operands(*tensors), starts.diff()
     many = counts >= TOKENS_TO_DECODE
@@ -66,7 +65,14 @@ def _few(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor
     y = torch.empty(x.shape[0], operands.extent.shape[0])
     inputs = x.detach().to(torch.float32).contiguous()
     bfloat = operands.second.dtype == torch.bfloat16
-    _extension().spqr_product(inputs, starts, _arrays(tensors), tuple(form), bfloat, y, torch.get_num_threads())
+    described = (
+        _described(inputs, torch.float32),
+        _described(starts, torch.int64),
+        _arrays(operands),
+        tuple(form),
+        bfloat,
+    )
+    _extension().spqr_product(*described, _described(y, torch.float32), torch.get_num_threads())
     return y
 
 
@@ -95,21 +101,31 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 
 def _decode(tensors: list[Tensor], form: Form, number: int, first: int, last: int, to: Tensor) -> None:
     """Tiles `first` to `last` of a matrix, columns as stored, into `[columns, rows]`."""
-    to_bfloat = to.dtype == torch.bfloat16
-    place = to if to.dtype == torch.float32 else to.view(torch.uint16)
-    bfloat = tensors[6].dtype == torch.bfloat16
-    arrays = _arrays(tensors), tuple(form), bfloat
-    _extension().spqr_decode(*arrays, number, first, last, place, to_bfloat, torch.get_num_threads())
+    operands = Operands(*tensors)
+    arrays = _arrays(operands), tuple(form), operands.second.dtype == torch.bfloat16
+    place = _described(to, to.dtype), to.element_size(), to.dtype == torch.bfloat16
+    _extension().spqr_decode(*arrays, number, first, last, *place, torch.get_num_threads())
 
 
-def _arrays(tensors: list[Tensor]) -> tuple[Any, ...]:
+def _arrays(t: Operands) -> tuple[Any, ...]:
     """The operands as the extension takes them."""
-    t = Operands(*tensors)
-    words = (w.view(torch.uint32) for w in tensors[:6])
-    halves = t.second.view(torch.uint16), t.outlier_values.view(torch.uint16)
+    words = (_described(w, torch.int32) for w in t[:6])
+    kept = _described(t.outlier_columns, torch.uint8), _described(t.outlier_rows, torch.uint8)
+    half = t.second.dtype if t.second.dtype == torch.bfloat16 else torch.float16
+    halves = _described(t.second, half), _described(t.outlier_values, half)
+    offsets, order = _described(t.outlier_offsets, torch.int64), _described(t.order, torch.int64)
     rows, columns, _ = t.extent.shape
-    outliers = t.outlier_offsets, t.outlier_columns, t.outlier_rows, halves[1]
-    return (*words, halves[0], *outliers, t.order, rows, columns)
+    return (*words, halves[0], offsets, *kept, halves[1], order, rows, columns)
+
+
+def _described(t: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Address and sizes, which is all that the extension is told of a tensor."""
+    if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
+        raise ValueError(
+            f"spqr/cpu: expected a contiguous {dtype} tensor on the CPU, "
+            f"got {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}"
+        )
+    return (t.data_ptr(), *t.shape)
 
 
 def _extension() -> Any:

@@ -2,7 +2,7 @@
 //
 // The layout is drawn in README.md: tiles of 16 rows, blocks of 32 columns, so that a vector of 16 lanes reads one word of
 // each row of a tile. `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each
-// kind of instructions, and one is chosen at run time.
+// kind of instructions, and one is chosen at run time. `digits.h` has one token in whole numbers, for CPUs that can do it.
 //
 // Nothing outside of the operands is read whatever the bytes say: sizes are compared with the shapes before the work
 // starts, x is padded as far as an outlier's column can reach, and offsets and orders are looked at before they are used.
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -25,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-#include <nanobind/ndarray.h>
+#include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
 #include "extension.h"
@@ -130,14 +131,32 @@ struct Matrix {
     }
 };
 
+// Tiles and columns that are decoded before they meet all tokens, where there are many: 128 KiB.
+constexpr int64_t many_tiles = 8, many_columns = 256;
+
 using Many = void (*)(const Matrix &, int64_t tile, const float *x, float *y);
+
+// A token in whole numbers: x = unit * (65536 high + 256 middle + low), one unit for each segment of columns.
+struct Digits {
+    int8_t *high, *middle, *low;  // [width]
+    float *unit;                  // [segments]
+    int32_t *offset;              // [segments], the sum of the whole numbers, times minus the middle code
+};
 
 // What one kind of instructions offers: products with one token and weights of a block, both null for forms that they are
 // not made for; products with several tokens, by rising number; the weights of some blocks of a tile into [columns, step].
 struct Kernels {
     Fill fill;
     void (*one)(const Matrix &, int64_t tile, const float *x, const float *sums, float *y);
+    // The same in whole numbers, null where it is not made for the form or the CPU: `to_digits` says whether x can be taken.
+    bool (*to_digits)(const float *x, int64_t width, int64_t segment, int32_t center, const Digits &to);
+    void (*digits)(const Matrix &, int64_t tile, const float *x, const Digits &, const float *sums, float *y);
     std::vector<std::pair<int64_t, Many>> many;
+    // Tiles `first` to `last` with panels of at most `most_tokens` tokens: x [panels, width, tokens], w
+    // [many_tiles, many_columns, 16], y [panels, tokens, many_tiles, 16]; null: not made for these instructions.
+    int64_t most_tokens;
+    void (*rows)(const Matrix &, int64_t first, int64_t last, const float *x, int64_t panels, int64_t tokens, float *w,
+                 float *y);
     void (*decode)(const Matrix &, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type);
 };
 
@@ -176,10 +195,17 @@ namespace avx512 {
 #undef HALFBIT_LANES
 }  // namespace avx512
 HALFBIT_TARGET_END
+
+HALFBIT_TARGET("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c")
+namespace avx512vnni {
+#include "digits.h"
+}  // namespace avx512vnni
+HALFBIT_TARGET_END
 #endif
 
 Kernels kernels(Isa isa, int bits, int64_t segment) {
 #ifdef HALFBIT_X86
+    if (isa == Isa::avx512vnni) return avx512vnni::kernels(bits, segment);
     if (isa == Isa::avx512) return avx512::kernels(bits, segment);
     if (isa == Isa::avx2) return avx2::kernels(bits, segment);
 #endif
@@ -187,8 +213,25 @@ Kernels kernels(Isa isa, int bits, int64_t segment) {
     return portable::kernels(bits, segment);
 }
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+// A contiguous tensor on the CPU as Python describes it: an address and sizes. Taking sixteen tensors by DLPack would last
+// longer than a product with a small matrix; `cpu.py` looks at their dtypes, devices and strides.
+template <class T, size_t N>
+struct Array {
+    T *start;
+    std::array<int64_t, N> sizes;
+
+    T *data() const { return start; }
+    int64_t shape(size_t i) const { return sizes[i]; }
+};
+
+template <class T, size_t N>
+Array<T, N> array(const nb::handle &described) {
+    const auto numbers = nb::cast<std::array<int64_t, N + 1>>(described);
+    Array<T, N> a{reinterpret_cast<T *>(static_cast<uintptr_t>(numbers[0])), {}};
+    std::copy(numbers.begin() + 1, numbers.end(), a.sizes.begin());
+    return a;
+}
+
 using Words = Array<const uint32_t, 2>;
 
 // The fields of `reference.Operands` and `reference.Form`.
@@ -267,12 +310,17 @@ struct Stack {
     }
 };
 
+template <class T, size_t N>
+void take(const nb::handle &described, Array<T, N> &to) {
+    to = array<T, N>(described);
+}
+
 Stack stack(const nb::tuple &t, const std::array<int64_t, 6> &form, bool bfloat) {
-    const auto get = [&](int i, auto &to) { to = nb::cast<std::decay_t<decltype(to)>>(t[i]); };
     Stack s{};
-    get(0, s.codes), get(1, s.codes_edge), get(2, s.scales), get(3, s.scales_edge), get(4, s.zeros), get(5, s.zeros_edge);
-    get(6, s.second), get(7, s.offsets), get(8, s.columns), get(9, s.rows), get(10, s.values), get(11, s.order);
-    get(12, s.out), get(13, s.in);
+    take(t[0], s.codes), take(t[1], s.codes_edge), take(t[2], s.scales), take(t[3], s.scales_edge);
+    take(t[4], s.zeros), take(t[5], s.zeros_edge), take(t[6], s.second), take(t[7], s.offsets);
+    take(t[8], s.columns), take(t[9], s.rows), take(t[10], s.values), take(t[11], s.order);
+    s.out = nb::cast<int64_t>(t[12]), s.in = nb::cast<int64_t>(t[13]);
     s.form = form, s.bfloat = bfloat;
     return s;
 }
@@ -291,37 +339,56 @@ Floats floats(int64_t count) {
 // Tokens that go through a matrix together.
 struct Pass {
     int64_t number, first, tokens, lanes;
-    Many many;    // null: one token, by the kernel made for that
-    Floats x;     // [width, lanes], columns in the stored order, zeros where there is no column or no token
-    Floats sums;  // of segments, for the kernel of one token
+    int64_t panels;  // of `lanes` tokens each; 0: few tokens, all in one
+    Many many;       // null: one token, by the kernel made for that, or panels
+    Floats x;        // [panels or 1, width, lanes], columns in the stored order, zeros where there is no column or no token
+    Floats sums;     // of segments, for the kernels of one token
+    Floats whole;    // what `digits` points into; null: this pass is not in whole numbers
+    Digits digits;
 };
 
 constexpr int64_t tiles_at_once = 4;    // that a thread takes
+constexpr int64_t most_at_once = 512;   // tokens for which weights are decoded once
 constexpr int64_t tiny_work = 1 << 18;  // weights times passes that are worth a thread
 
-void pack(Pass &pass, const Stack &s, const float *x, int64_t segment) {
+void pack(Pass &pass, int64_t panel, const Stack &s, const float *x) {
     const int64_t lanes = pass.lanes, width = s.width(), in = s.in;
     const int64_t orders = static_cast<int64_t>(s.order.shape(0));
     const int64_t *order = orders ? s.order.data() + (orders > 1 ? pass.number * in : 0) : nullptr;
-    pass.x = floats(width * lanes);
-    std::fill(&pass.x[in * lanes], &pass.x[width * lanes], 0.0f);
+    float *to = &pass.x[panel * width * lanes];
+    std::fill(to + in * lanes, to + width * lanes, 0.0f);
+    const int64_t tokens = std::clamp<int64_t>(pass.tokens - panel * lanes, 0, lanes);
+    x += (pass.first + panel * lanes) * in;
     for (int64_t c = 0; c < in; ++c) {
         const int64_t from = order ? order[c] : c;
         if (from < 0 || from >= in) throw std::invalid_argument("the order names columns that are not there");
-        for (int64_t t = 0; t < lanes; ++t)
-            pass.x[c * lanes + t] = t < pass.tokens ? x[(pass.first + t) * in + from] : 0.0f;
+        for (int64_t t = 0; t < lanes; ++t) to[c * lanes + t] = t < tokens ? x[t * in + from] : 0.0f;
     }
-    if (pass.many) return;
+}
+
+// What the kernels of one token take besides x.
+void sum_segments(Pass &pass, const Stack &s, int64_t segment, const Kernels &available) {
+    const int64_t width = s.width();
     pass.sums = floats(width / segment);
     for (int64_t i = 0; i < width / segment; ++i) {
         float sum = 0;
         for (int64_t c = 0; c < segment; ++c) sum += pass.x[i * segment + c];
         pass.sums[i] = sum;
     }
+    if (!available.digits) return;
+    const int64_t segments = width / segment;
+    pass.whole = floats(3 * width / 4 + 2 * segments);
+    auto *bytes = reinterpret_cast<int8_t *>(pass.whole.get());
+    float *unit = pass.whole.get() + 3 * width / 4;
+    pass.digits = {bytes, bytes + width, bytes + 2 * width, unit, reinterpret_cast<int32_t *>(unit + segments)};
+    if (!available.to_digits(pass.x.get(), width, segment, 1 << (s.form[0] - 1), pass.digits)) pass.whole.reset();
 }
 
-void product(Array<const float, 2> x, Array<const int64_t, 1> starts, nb::tuple operands, std::array<int64_t, 6> form,
-             bool bfloat, Array<float, 2> y, int threads) {
+void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::array<int64_t, 6> form, bool bfloat,
+             nb::tuple outputs, int threads) {
+    const auto x = array<const float, 2>(inputs);
+    const auto starts = array<const int64_t, 1>(group_starts);
+    const auto y = array<float, 2>(outputs);
     const Stack s = stack(operands, form, bfloat);
     const nb::gil_scoped_release release;
     s.check();
@@ -339,26 +406,58 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, nb::tuple 
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t first = start[g]; first < start[g + 1];) {
             const int64_t left = start[g + 1] - first;
-            auto fitting = available.many.begin();
-            while (fitting->first < left && fitting + 1 != available.many.end()) ++fitting;
-            const int64_t taken = std::min(left, fitting->first);
-            const bool alone = taken == 1 && available.one;
-            passes.push_back({g, first, taken, fitting->first, alone ? nullptr : fitting->second, nullptr, nullptr});
-            first += taken;
+            Pass pass{g, first, 0, 0, 0, nullptr, {}, {}, {}, {}};
+            if (available.rows && left > available.many.back().first) {
+                // equal parts, and of a part equal panels
+                const int64_t parts = (left + most_at_once - 1) / most_at_once;
+                pass.tokens = (left + parts - 1) / parts;
+                pass.panels = (pass.tokens + available.most_tokens - 1) / available.most_tokens;
+                pass.lanes = (pass.tokens + pass.panels - 1) / pass.panels;
+            } else {
+                auto fitting = available.many.begin();
+                while (fitting->first < left && fitting + 1 != available.many.end()) ++fitting;
+                pass.tokens = std::min(left, fitting->first), pass.lanes = fitting->first;
+                if (pass.tokens > 1 || !available.one) pass.many = fitting->second;
+            }
+            pass.x = floats(std::max<int64_t>(pass.panels, 1) * s.width() * pass.lanes);
+            first += pass.tokens;
+            passes.push_back(std::move(pass));
         }
     }
-    const int64_t work = static_cast<int64_t>(passes.size()) * s.out * s.in;
+    int64_t work = 0;
+    const int64_t tiles = (s.out + 15) / 16;
+    // of each pass: its panels, and the tiles that a thread takes at a time
+    std::vector<std::pair<size_t, int64_t>> packing, items;
+    for (size_t i = 0; i < passes.size(); ++i) {
+        const int64_t panels = std::max<int64_t>(passes[i].panels, 1), step = passes[i].panels ? many_tiles : tiles_at_once;
+        work += panels * s.out * s.in;
+        for (int64_t p = 0; p < panels; ++p) packing.emplace_back(i, p);
+        for (int64_t tile = 0; tile < tiles; tile += step) items.emplace_back(i, tile);
+    }
     threads = static_cast<int>(std::clamp<int64_t>(work / tiny_work, 1, std::max(threads, 1)));
-    halfbit::parallel(threads, passes.size(), [&](int64_t i) { pack(passes[i], s, x.data(), segment); });
+    halfbit::parallel(threads, packing.size(), [&](int64_t i) {
+        Pass &pass = passes[packing[i].first];
+        pack(pass, packing[i].second, s, x.data());
+        if (!pass.panels && !pass.many) sum_segments(pass, s, segment, available);
+    });
 
-    const int64_t tiles = (s.out + 15) / 16, items = (tiles + tiles_at_once - 1) / tiles_at_once;
-    halfbit::parallel(threads, static_cast<int64_t>(passes.size()) * items, [&](int64_t i) {
-        const Pass &pass = passes[i / items];
+    halfbit::parallel(threads, items.size(), [&](int64_t i) {
+        const Pass &pass = passes[items[i].first];
         const Matrix m = s.matrix(pass.number, available.fill);
+        const int64_t first = items[i].second;
+        if (pass.panels) {
+            const int64_t last = std::min(first + many_tiles, tiles), lanes = pass.lanes;
+            const Floats w = floats(many_tiles * many_columns * 16), sum = floats(pass.panels * lanes * many_tiles * 16);
+            available.rows(m, first, last, pass.x.get(), pass.panels, lanes, w.get(), sum.get());
+            const int64_t height = std::min(16 * last, s.out) - 16 * first;
+            for (int64_t t = 0; t < pass.tokens; ++t)
+                std::memcpy(y.data() + (pass.first + t) * s.out + 16 * first, &sum[t * many_tiles * 16], 4 * height);
+            return;
+        }
         alignas(64) float sum[16 * 16];
-        const int64_t first = i % items * tiles_at_once;
         for (int64_t tile = first; tile < std::min(first + tiles_at_once, tiles); ++tile) {
             if (pass.many) pass.many(m, tile, pass.x.get(), sum);
+            else if (pass.whole) available.digits(m, tile, pass.x.get(), pass.digits, pass.sums.get(), sum);
             else available.one(m, tile, pass.x.get(), pass.sums.get(), sum);
             const int64_t height = std::min<int64_t>(16, s.out - 16 * tile);
             for (int64_t t = 0; t < pass.tokens; ++t)
@@ -370,9 +469,9 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, nb::tuple 
 // ----------------------------------------------------------------------------------------------------------------- decode
 
 // Rows `16 * first` to `16 * last` of one matrix, in the stored order of columns, to [columns, step].
-template <class T>
 void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_t number, int64_t first, int64_t last,
-            Array<T, 2> to, bool to_bfloat, int threads) {
+            nb::tuple place, int size, bool to_bfloat, int threads) {
+    const auto to = array<char, 2>(place);
     const Stack s = stack(operands, form, bfloat);
     const nb::gil_scoped_release release;
     s.check();
@@ -382,25 +481,24 @@ void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_
         throw std::invalid_argument("the rows and their place do not fit together");
     const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), s.segment());
     const Matrix m = s.matrix(number, available.fill);
-    const int type = sizeof(T) == 4 ? 0 : to_bfloat ? 1 : 2;
+    const int type = size == 4 ? 0 : to_bfloat ? 1 : 2;
     threads = static_cast<int>(std::clamp<int64_t>((last - first) * 16 * s.in / tiny_work, 1, std::max(threads, 1)));
     // 512 columns of all tiles, then the next: a tile alone would write to thousands of pages in turn
     const int64_t panel = 16, blocks = m.codes.blocks(), height = last - first;
     halfbit::parallel(threads, (blocks + panel - 1) / panel * height, [&](int64_t i) {
         const int64_t tile = i % height, block = i / height * panel;
-        available.decode(m, first + tile, block, std::min(block + panel, blocks), to.data() + 16 * tile, step, type);
+        available.decode(m, first + tile, block, std::min(block + panel, blocks), to.data() + 16 * tile * size, step, type);
     });
 }
 
 }  // namespace
 
 HALFBIT_BINDINGS(spqr) {
-    m.def("spqr_product", product, "x"_a.noconvert(), "starts"_a.noconvert(), "operands"_a, "form"_a, "bfloat"_a,
-          "y"_a.noconvert(), "threads"_a,
-          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]");
-    m.def("spqr_decode", decode<float>, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a,
-          "to"_a.noconvert(), "to_bfloat"_a, "threads"_a);
-    m.def("spqr_decode", decode<uint16_t>, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a,
-          "to"_a.noconvert(), "to_bfloat"_a, "threads"_a,
-          "Tiles first to last of a matrix, columns as stored -> into [columns, rows], float32 or uint16: bfloat16, float16");
+    m.def("spqr_product", product, "x"_a, "starts"_a, "operands"_a, "form"_a, "bfloat"_a, "y"_a, "threads"_a,
+          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]; tensors as (address, "
+          "sizes ...)");
+    m.def("spqr_decode", decode, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a, "to"_a, "size"_a,
+          "to_bfloat"_a, "threads"_a,
+          "Tiles first to last of a matrix, columns as stored -> into [columns, rows] of numbers of `size` bytes: float32, "
+          "bfloat16, float16");
 }

@@ -1,12 +1,13 @@
 // What is done with one tile of 16 rows, in the lanes of `lanes.h`. Included after it, once for each kind of lanes.
 //
 // A tile is walked in stretches of 32 groups, whose statistics are made first and stay in the first-level cache: a block of
-// the tiled scales is 32 groups, as a block of the codes is 32 columns. Two kernels share this:
+// the tiled scales is 32 groups, as a block of the codes is 32 columns. Three kernels share this:
 //
 //   one token:    sum of code * x per group, then scale * sum - (scale * zero) * sum of x: three instructions per column
 //                 and 16 rows. Codes and zeros are taken less the middle code, which keeps the two terms small. An outlier,
 //                 whose code is 0, adds (value + scale * zero) * x.
-//   any tokens:   a block's weights are made and put into the cache, outliers replaced, then multiplied with each token.
+//   few tokens:   a block's weights are made and put into the cache, outliers replaced, then multiplied with each token.
+//   many tokens:  the same with some columns of several tiles, and tokens in panels.
 
 #if HALFBIT_LANES == 0
 
@@ -202,15 +203,17 @@ inline void block_weights(const Matrix &m, int64_t tile, int64_t block, int64_t 
     }
 }
 
-// Walks blocks `first`, a multiple of 8, to `last` of a tile: `use(block, weights [32, 16])`.
-template <class Use>
-[[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, int64_t first, int64_t last, const Use &use) {
-    alignas(64) float scale[512], zero[512], w[512];
+// Walks blocks `first`, a multiple of 8, to `last` of a tile: `use(block, weights)`, which are [32, 16] at `place(block)`.
+template <class Place, class Use>
+[[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, int64_t first, int64_t last, const Place &place,
+                                        const Use &use) {
+    alignas(64) float scale[512], zero[512];
     int64_t outlier = 0;
     for (int64_t block = first; block < last;) {
         const int64_t stretch = block / m.group;
         statistics(m, tile, stretch, scale, zero);
         for (const int64_t stop = std::min(last, m.stretch_end(stretch)); block < stop; ++block) {
+            float *w = place(block);
             block_weights(m, tile, block, stretch, scale, zero, outlier, w);
             use(block, w);
         }
@@ -223,7 +226,8 @@ void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
     // several sums per token where there are few: one multiply-add need not wait for the last, and less is rounded away
     constexpr int sums = T <= 2 ? 4 : T == 4 ? 2 : 1;
     for (int t = 0; t < T; ++t) store(y + 16 * t, all(0.0f));
-    walk(m, tile, 0, m.codes.blocks(), [&](int64_t block, const float *w) {
+    alignas(64) float place[512];
+    walk(m, tile, 0, m.codes.blocks(), [&](int64_t) { return place; }, [&](int64_t block, const float *w) {
         const float *of_block = x + 32 * T * block;
         F sum[sums][T];
         for (int s = 0; s < sums; ++s)
@@ -240,12 +244,84 @@ void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
     });
 }
 
+#if HALFBIT_LANES
+
+// Tiles and tokens whose sums are kept in registers.
+constexpr int tiles_abreast = HALFBIT_LANES == 512 ? 2 : 1, most_tokens = HALFBIT_LANES == 512 ? 12 : 6;
+
+// Some columns of `tiles_abreast` tiles times T tokens: w [tile, many_columns, 16], x [columns, T]; added to
+// y [T, many_tiles, 16].
+template <int T>
+void panel_product(const float *w, const float *x, int64_t columns, float *y) {
+    F sum[T][tiles_abreast];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < tiles_abreast; ++r) sum[t][r] = all(0.0f);
+    for (int64_t c = 0; c < columns; ++c) {
+        F weight[tiles_abreast];
+        for (int r = 0; r < tiles_abreast; ++r) {
+            weight[r] = load(w + 16 * (many_columns * r + c));
+            // from the second-level cache
+            __builtin_prefetch(w + 16 * (many_columns * r + c + 24));
+        }
+        for (int t = 0; t < T; ++t) {
+            const F token = all(x[T * c + t]);
+            for (int r = 0; r < tiles_abreast; ++r) sum[t][r] = fma(weight[r], token, sum[t][r]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < tiles_abreast; ++r) {
+            float *to = y + 16 * (many_tiles * t + r);
+            store(to, add(load(to), sum[t][r]));
+        }
+}
+
+using Panel = void (*)(const float *, const float *, int64_t, float *);
+
+template <int... T>
+Panel panel_of(int64_t tokens, std::integer_sequence<int, T...>) {
+    constexpr Panel all_tokens[] = {panel_product<T + 1>...};
+    return all_tokens[tokens - 1];
+}
+
+// Tiles `first` to `last`, at most `many_tiles`, times panels of T tokens: x [panels, width, T]; y [panels, T, many_tiles, 16].
+// Some columns of all the tiles are decoded into w [many_tiles, many_columns, 16], which stays in the second-level cache
+// for all panels, as x of a panel does in the first for all tiles.
+inline void rows_product(const Matrix &m, int64_t first, int64_t last, const float *x, int64_t panels, int64_t tokens,
+                         float *w, float *y) {
+    const Panel panel = panel_of(tokens, std::make_integer_sequence<int, most_tokens>());
+    std::fill(w, w + many_tiles * many_columns * 16, 0.0f);
+    std::fill(y, y + panels * tokens * many_tiles * 16, 0.0f);
+    const int64_t blocks = m.codes.blocks(), width = 256 * m.chunks, step = many_columns / 32;
+    for (int64_t block = 0; block < blocks; block += step) {
+        const int64_t stop = std::min(block + step, blocks);
+        for (int64_t tile = first; tile < last; ++tile) {
+            float *to = w + 16 * many_columns * (tile - first);
+            walk(m, tile, block, stop, [&](int64_t b) { return to + 512 * (b - block); }, [](int64_t, const float *) {});
+        }
+        const int64_t columns = 32 * (stop - block);
+        for (int64_t p = 0; p < panels; ++p) {
+            const float *of_panel = x + (width * p + 32 * block) * tokens;
+            // the next panel's x comes from far away: a part of it with each pair of tiles
+            const float *next = p + 1 < panels ? of_panel + width * tokens : x + 32 * stop * tokens;
+            const int64_t part = columns * tokens * tiles_abreast / many_tiles;
+            for (int64_t tile = 0; tile < last - first; tile += tiles_abreast) {
+                for (int64_t i = 0; i < part; i += 16) __builtin_prefetch(next + i, 0, 2);
+                next += part;
+                panel(w + 16 * many_columns * tile, of_panel, columns, y + 16 * (many_tiles * tokens * p + tile));
+            }
+        }
+    }
+}
+
+#endif
+
 // The weights of some blocks of a tile, the columns one after another: to [columns, step], 16 rows of which are this tile's.
 enum class To { floats, bfloats, halves };
 
 inline void tile_decode(const Matrix &m, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, To type) {
     const int64_t height = std::min<int64_t>(16, m.rows - 16 * tile);
-    walk(m, tile, first, last, [&](int64_t block, const float *w) {
+    alignas(64) float place[512];
+    walk(m, tile, first, last, [&](int64_t) { return place; }, [&](int64_t block, const float *w) {
         const int64_t end = std::min<int64_t>(32, m.codes.columns - 32 * block);
         for (int64_t c = 0; c < end; ++c) {
             const int64_t at = (32 * block + c) * step;
@@ -312,6 +388,20 @@ void shared_statistics(const Matrix &m, int64_t tile, int64_t stretch, F center,
     (statistic<B, I>(s, s_string, z, z_string, wide, center, scale, shift), ...);
 }
 
+// Words from here on that are fetched ahead of use: 2 KiB.
+constexpr int64_t ahead = 512;
+
+// Fetches what `scales_and_shifts` will read.
+inline void fetch_statistics(const Matrix &m, int64_t tile, int64_t stretch) {
+    if (32 * stretch >= m.groups) ++tile, stretch = 0;
+    const auto fetch = [](const void *p, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(p) + i);
+    };
+    fetch(m.scales.block(tile, stretch), 64 * m.scales.bits);
+    fetch(m.zeros.block(tile, stretch), 64 * m.zeros.bits);
+    fetch(m.second + (16 * tile / m.supergroup * m.groups + 32 * stretch) * m.per_group, 64 * m.per_group);
+}
+
 // Scales of 32 groups and scale * (zero - center), [32, 16] each; zeros where there is no group: x is 0 there, but
 // 0 * NaN is not.
 inline void scales_and_shifts(const Matrix &m, int64_t tile, int64_t stretch, float center, float *scale, float *shift) {
@@ -329,40 +419,44 @@ inline void scales_and_shifts(const Matrix &m, int64_t tile, int64_t stretch, fl
 }
 
 // (value + less) * x of the outliers in 16 rows x 256 columns, to the sums of the 16 rows; each row has four, taken in turn.
+// `less` are those of the chunk's first group on.
 template <int S>
-void chunk_outliers(const Matrix &m, int64_t tile, int64_t chunk, int64_t stretch, int64_t first, const float *less,
-                    const float *x, float *sums) {
+[[gnu::always_inline]] inline void chunk_outliers(const Matrix &m, int64_t tile, int64_t chunk, int64_t stretch,
+                                                  int64_t first, const float *less, const float *x, float *sums) {
     int64_t at = m.outlier_begin(tile, chunk);
     const int64_t end = m.outlier_begin(tile, chunk + 1);
     if (at == end) return;
-    // of every 8 columns, where the statistics of their group begin
-    int32_t group[32];
-    for (int64_t i = 0; i < 32; ++i) {
-        const int64_t g = S < 32 ? (256 * (chunk - first / 8) + 8 * i) / S : (256 * chunk + 8 * i) / m.group - 32 * stretch;
-        // damaged bytes may name columns behind the last group
-        group[i] = static_cast<int32_t>(16 * std::min<int64_t>(g, 31));
-    }
-    // sixteen at a time, the last of them with others behind that are left out; so no more than 255 is a column, however
-    // damaged, and x reaches as far
-    for (; at < end && at + 18 <= m.outlier_count; at += 16) {
+    if (S < 32) less += 16 * (256 / S) * (chunk - first / 8);
+    // where the statistics of a column's group begin; damaged bytes may name columns behind the last group
+    const auto group = [&](int64_t column) {
+        return S == 8    ? 2 * (column & 0xF8)
+               : S == 16 ? column & 0xF0
+                         : 16 * std::min<int64_t>((256 * chunk + column) / m.group - 32 * stretch, 31);
+    };
+    __builtin_prefetch(m.outlier_values + at + 256), __builtin_prefetch(m.outlier_values + at + 288);
+    __builtin_prefetch(m.outlier_columns + at + 256), __builtin_prefetch(m.outlier_rows + (at + 256) / 2);
+    // sixteen values and rows at a time; those behind the last are another chunk's, and are added nowhere
+    alignas(64) float value[16];
+    for (; at + 18 <= m.outlier_count && at < end; at += 16) {
         // 16 rows from a byte that may begin with another's
         uint64_t rows;
         std::memcpy(&rows, m.outlier_rows + at / 2, 8);
         if (at % 2) rows = rows >> 4 | uint64_t{m.outlier_rows[at / 2 + 8]} << 60;
-        const W column = bytes(m.outlier_columns + at);
-        const W place = sum(gather(group, right<3>(column)), nibbles(rows));
-        alignas(64) float part[16];
-        store(part, mul(add(widen(m.outlier_values + at, m.bfloat), gather(less, place)), gather(x, column)));
-        if (at + 16 <= end) {
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) sums[16 * (i % 4) + (rows >> 4 * i & 15)] += part[i];
-        } else {
-            for (int64_t i = 0; i < end - at; ++i) sums[16 * (i % 4) + (rows >> 4 * i & 15)] += part[i];
-        }
+        store(value, widen(m.outlier_values + at, m.bfloat));
+        const uint8_t *columns = m.outlier_columns + at;
+        const auto one = [&](int64_t i) {
+            const int64_t column = columns[i], row = rows & 15;
+            rows >>= 4;
+            sums[16 * (i % 4) + row] = std::fma(value[i] + less[group(column) + row], x[column], sums[16 * (i % 4) + row]);
+        };
+        const int64_t count = std::min<int64_t>(end - at, 16);
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) one(i), one(i + 1), one(i + 2), one(i + 3);
+        for (; i < count; ++i) one(i);
     }
     for (; at < end; ++at) {
         const int64_t column = m.outlier_columns[at], row = m.outlier_row(at);
-        sums[row] += (float_of(m.outlier_values[at], m.bfloat) + less[group[column / 8] + row]) * x[column];
+        sums[row] += (float_of(m.outlier_values[at], m.bfloat) + less[group(column) + row]) * x[column];
     }
 }
 
@@ -374,12 +468,15 @@ void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, 
     alignas(64) float scale[512], shift[512], apart[64] = {};
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
+        fetch_statistics(m, tile, stretch + 1);
         scales_and_shifts(m, tile, stretch, center, scale, shift);
         const int64_t first = block, stop = m.stretch_end(stretch);
         F sum = all(0.0f), less = all(0.0f);
         for (; block < stop; ++block) {
             W w[B];
-            const W string = read<B, true>(m.codes.block(tile, block), w);
+            const uint32_t *codes = m.codes.block(tile, block);
+            for (int i = 0; i < B; ++i) __builtin_prefetch(codes + ahead + 16 * i);
+            const W string = read<B, true>(codes, w);
             const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
             block_sums<B, S>(w, string, x + 32 * block, sums + 32 / S * block, scale + group, shift + group, sum, less,
                              std::make_integer_sequence<int, 32 / S>());
@@ -422,6 +519,9 @@ inline Kernels kernels([[maybe_unused]] int bits, [[maybe_unused]] int64_t segme
     k.decode = [](const Matrix &m, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type) {
         tile_decode(m, tile, first, last, to, step, static_cast<To>(type));
     };
+#if HALFBIT_LANES
+    k.most_tokens = most_tokens, k.rows = rows_product;
+#endif
 #if HALFBIT_LANES == 512
     k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}, {16, tile_product<16>}};
 #else
