@@ -1,4 +1,4 @@
-"""Rate against quality: one model compressed at many rates, with tuning and without, beside its rivals; a table and a plot.
+"""Rate against quality: one model compressed at many rates, with tuning and without, beside its rivals; a plot.
 
 Each point is a run of its own through the command line; bits are counted from the files. Two texts are looked at, one
 like the calibration text and one of another domain: a gain on the first alone is none.
@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import record
 import torch
+
+from halfbit import recipe
 
 RIVALS = ["qmoe", "rtn-ternary", "qmoe-2bit", "gptq-2-g128", "gptq-3-g128"]
 # of the experts alone, as everything here
@@ -61,6 +64,12 @@ def point(options: argparse.Namespace, name: str, extra: list[object]) -> None:
     }
     if not options.dry_run:
         record.append("rates", [row])
+
+
+def on_experts(name: str) -> recipe.Recipe:
+    """A recipe whose rules reach nothing but experts."""
+    found = recipe.load(name)
+    return replace(found, rules=tuple(replace(r, match="*.experts.*") for r in found.rules if r.codec is not None))
 
 
 def plot(path: Path) -> None:
@@ -113,8 +122,11 @@ def main() -> None:
         for bits in options.bits:
             extra: list[object] = ["--recipe", "runlength", "--bits", bits, "--tune", steps]
             point(options, f"runlength {bits:g} bits" + (f", {steps} steps of tuning" if steps else ""), extra)
-    for recipe in RIVALS if options.rivals else []:
-        point(options, recipe, ["--recipe", recipe])
+    for name in RIVALS if options.rivals else []:
+        with tempfile.TemporaryDirectory() as root:
+            file = Path(root) / "recipe.toml"
+            file.write_text(on_experts(name).to_toml())
+            point(options, name, ["--recipe", file])
 
 
 if __name__ == "__main__":
