@@ -23,7 +23,7 @@ from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe
-from halfbit.samples import causal_samples
+from halfbit.samples import causal_samples, with_noise
 from halfbit.solve.rtn import rtn
 from halfbit.teacher import K, ask, divergence
 from halfbit.tunable import TunableMatrix
@@ -102,6 +102,17 @@ def test_the_original_is_asked_block_by_block(name: str, tmp_path: Path) -> None
     found = expected.gather(1, tokens.long())
     assert torch.allclose(found, logs.float(), atol=2e-2, rtol=2e-3)
     assert torch.allclose(found, expected.topk(tokens.shape[1], dim=-1).values, atol=1e-4)
+
+
+def test_noise_is_in_every_second_sample_and_follows_the_seed() -> None:
+    samples = causal_samples(torch.zeros(4, 400, dtype=torch.int64), [])
+    noisy = with_noise(samples, 0.25, 1000, seed=3)
+    changed = [int((s.ids != 0).sum()) for s in noisy]
+    assert changed[0] == changed[2] == 0
+    assert all(60 < n < 140 for n in changed[1::2])
+    assert all(int(s.ids.max()) < 1000 for s in noisy)
+    assert torch.equal(with_noise(samples, 0.25, 1000, seed=3)[1].ids, noisy[1].ids)
+    assert not torch.equal(with_noise(samples, 0.25, 1000, seed=4)[1].ids, noisy[1].ids)
 
 
 # --- the matrices

@@ -176,14 +176,24 @@ class Tuning:
     """Let ternary codes change too (straight-through); takes the memory of the experts in float32, four times."""
     dense: bool = True
     """Linear layers that are not compressed learn too, not only norms, biases, routers and scales."""
+    noise: float = 0.3
+    """Share of the tokens that are replaced at random in every second sample. The original is asked about what stands
+    there then; it keeps the compressed model near the original on text of other kinds."""
     held_back: float = 0.05
     """Share of the text that is not learned from; if it does not gain, nothing is changed."""
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 0 or self.batch_tokens < 1 or not 0 < self.learning_rate < 1 or not 0 < self.held_back < 1:
+        if (
+            self.steps < 0
+            or self.batch_tokens < 1
+            or not 0 < self.learning_rate < 1
+            or not 0 < self.held_back < 1
+            or not 0 <= self.noise < 1
+        ):
             raise RecipeError(
-                f"tuning: steps must be >= 0, batch_tokens >= 1, learning_rate and held_back in (0, 1); got {self}"
+                "tuning: steps must be >= 0, batch_tokens >= 1, learning_rate and held_back in (0, 1), noise in "
+                f"[0, 1); got {self}"
             )
 
 

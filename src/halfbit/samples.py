@@ -253,6 +253,18 @@ def _random_spans(length: int, most_spans: int, generator: torch.Generator) -> T
     return torch.repeat_interleave(torch.tensor([False, True]).repeat(spans), runs)
 
 
+def with_noise(samples: list[Sample], share: float, vocabulary: int, seed: int) -> list[Sample]:
+    """Every second sample with a share of what the (first) stack reads replaced by random tokens below `vocabulary`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(sample: Sample) -> Sample:
+        chosen = torch.rand(len(sample.ids), generator=generator) < share
+        random = torch.randint(0, vocabulary, sample.ids.shape, generator=generator)
+        return replace(sample, ids=torch.where(chosen, random, sample.ids))
+
+    return [noisy(s) if number % 2 else s for number, s in enumerate(samples)]
+
+
 # --- a model's samples
 
 

@@ -27,12 +27,12 @@ from halfbit.evaluate import load
 from halfbit.events import Event, Noticed, Tuned
 from halfbit.expert_groups import Group
 from halfbit.families import open_family
-from halfbit.family import Family
+from halfbit.family import Family, read_config
 from halfbit.layout import Entry, stored_name
 from halfbit.nn import PackedExperts, PackedLinear, stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import ROUTERS, Tuning
-from halfbit.samples import Sample
+from halfbit.samples import Sample, with_noise
 from halfbit.teacher import ask, divergence
 from halfbit.tunable import TunableExperts, TunableMatrix, frozen, is_tunable
 from halfbit.types import Packed
@@ -98,11 +98,14 @@ def tune(
     if held >= len(samples):
         raise RecipeError(f"tuning: {len(samples)} samples are too few to hold {held} of them back; give more text")
     learning, watched = range(len(samples) - held), range(len(samples) - held, len(samples))
+    vocabulary = read_config(Reader(source)).get_text_config().vocab_size
+    noisy = with_noise([samples[i] for i in learning], tuning.noise, vocabulary, tuning.seed)
+    samples = [*noisy, *(samples[i] for i in watched)]
     teacher = _teacher(source, writer.folder, samples, device)
     student = Student(source, compressed, tuning, device)
     yield from map(Noticed, student.notices)
     before = _measure(student.model, samples, watched, teacher, device)
-    yield from _learn(student, [samples[i] for i in learning], teacher, tuning, writer.folder / STATE, device)
+    yield from _learn(student, noisy, teacher, tuning, writer.folder / STATE, device)
     stored = student.round()
     after = _measure(student.model, samples, watched, teacher, device)
     better = after < before
