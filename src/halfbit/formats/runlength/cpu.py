@@ -21,8 +21,10 @@ WEIGHTS_AT_ONCE = 1 << 20
 
 def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.encode`."""
-    arrays = codes.contiguous(), lanes.exponent, limits(), tables().entries, torch.get_num_threads()
-    stream, tile_bytes, of_tile = _extension().runlength_encode(*arrays)
+    codes = codes.contiguous()
+    arrays = _described(limits(), torch.int64), _described(tables().entries, torch.int32)
+    described = _described(codes, torch.uint8), lanes.exponent, *arrays
+    stream, tile_bytes, of_tile = _extension().runlength_encode(*described, torch.get_num_threads())
     return torch.from_numpy(stream), torch.from_numpy(tile_bytes), torch.from_numpy(of_tile)
 
 
@@ -79,11 +81,12 @@ def _few(
 ) -> Tensor:
     """float32 `[tokens, out]`."""
     y = torch.empty(x.shape[0], out_features)
-    stream, offsets, of_tile, entries = tiles
-    operands = stream, offsets, of_tile, exponents, levels, entries, y
+    stream, offsets, of_tile, entries = _arrays(tiles)
+    operands = stream, offsets, of_tile, _described(exponents, torch.uint8), _described(levels, torch.float32), entries
     inputs = x.detach().to(torch.float32).contiguous()
+    tokens = _described(inputs, torch.float32), _described(starts, torch.int64)
     try:
-        _extension().runlength_product(inputs, starts, *operands, torch.get_num_threads())
+        _extension().runlength_product(*tokens, operands, _described(y, torch.float32), torch.get_num_threads())
     except RuntimeError as error:
         raise _damaged(error) from None
     return y
@@ -104,11 +107,28 @@ def _many(x: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels:
 def _decode(tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, band: int, to: Tensor) -> None:
     """The rows from `band` on, as many as `to` has, as codes or as weights."""
     last = min(lanes.bands, band + -(-to.shape[0] // (LANES * lanes.height)))
-    place = first_tile, lanes.exponent, lanes.rows, levels, band, last, to
+    matrix = first_tile, lanes.exponent, lanes.rows, _described(levels, torch.float32)
+    place = _described(to, to.dtype), to.dtype == torch.float32
     try:
-        _extension().runlength_decode(*tiles, *place, torch.get_num_threads())
+        _extension().runlength_decode(_arrays(tiles), *matrix, band, last, *place, torch.get_num_threads())
     except RuntimeError as error:
         raise _damaged(error) from None
+
+
+def _arrays(tiles: list[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """stream, offsets, classes and entries as the extension takes them."""
+    dtypes = torch.uint8, torch.int64, torch.uint8, torch.int32
+    return tuple(_described(t, dtype) for t, dtype in zip(tiles, dtypes, strict=True))
+
+
+def _described(t: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Address and sizes, which is all that the extension is told of a tensor."""
+    if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
+        raise ValueError(
+            f"runlength/cpu: expected a contiguous {dtype} tensor on the CPU, "
+            f"got {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}"
+        )
+    return (t.data_ptr(), *t.shape)
 
 
 def _extension() -> Any:

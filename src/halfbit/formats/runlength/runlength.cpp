@@ -23,6 +23,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -32,6 +33,7 @@
 #include <vector>
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 
 #include "extension.h"
 #include "isa.h"
@@ -268,17 +270,35 @@ Kernels kernels(Isa isa) {
     return portable::kernels();
 }
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Entries = nb::ndarray<const int32_t, nb::shape<64, 256>, nb::c_contig, nb::device::cpu>;
+// A contiguous tensor on the CPU as Python describes it: an address and sizes. Taking nine tensors by DLPack would last as
+// long as a product with a small matrix; `cpu.py` looks at their dtypes, devices and strides.
+template <class T, size_t N>
+struct Array {
+    T *start;
+    std::array<int64_t, N> sizes;
+
+    T *data() const { return start; }
+    int64_t shape(size_t i) const { return sizes[i]; }
+};
+
+template <class T, size_t N>
+Array<T, N> array(const nb::handle &described) {
+    const auto numbers = nb::cast<std::array<int64_t, N + 1>>(described);
+    Array<T, N> a{reinterpret_cast<T *>(static_cast<uintptr_t>(numbers[0])), {}};
+    std::copy(numbers.begin() + 1, numbers.end(), a.sizes.begin());
+    return a;
+}
+
+using Entries = Array<const int32_t, 2>;
 
 // The operands in the order of `RunLength.runtime`, but levels.
 Stream stream(const Array<const uint8_t, 1> &bytes, const Array<const int64_t, 1> &offsets,
               const Array<const uint8_t, 1> &classes, const Entries &entries) {
+    if (entries.shape(0) != 64 || entries.shape(1) != 256) throw std::invalid_argument("entries must be [64, 256]");
     if (offsets.shape(0) != classes.shape(0) + 1) throw std::invalid_argument("tile offsets and classes do not fit together");
-    Stream from{bytes.data(), static_cast<int64_t>(bytes.shape(0)), offsets.data(), classes.data(), {}};
+    Stream from{bytes.data(), bytes.shape(0), offsets.data(), classes.data(), {}};
     from.tables.resize(64);
-    for (size_t i = 0; i < classes.shape(0); ++i) {
+    for (int64_t i = 0; i < classes.shape(0); ++i) {
         auto &table = from.tables[classes.data()[i] & 63];
         if (!table) table = std::make_unique<const Table>(entries.data() + 256 * (classes.data()[i] & 63));
     }
@@ -342,10 +362,10 @@ std::vector<uint8_t> encode_tile(const uint8_t *codes, const Cut &cut, const Til
 
 // A numpy array that owns the vector.
 template <class T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> array(std::vector<T> &&values) {
-    auto *owned = new std::vector<T>(std::move(values));
-    nb::capsule owner(owned, [](void *p) noexcept { delete static_cast<std::vector<T> *>(p); });
-    return nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner);
+nb::ndarray<nb::numpy, T, nb::ndim<1>> owned(std::vector<T> &&values) {
+    auto *vector = new std::vector<T>(std::move(values));
+    nb::capsule owner(vector, [](void *p) noexcept { delete static_cast<std::vector<T> *>(p); });
+    return nb::ndarray<nb::numpy, T, nb::ndim<1>>(vector->data(), {vector->size()}, owner);
 }
 
 nb::tuple encode(Array<const uint8_t, 2> codes, int64_t exponent, Array<const int64_t, 1> limits, Entries entries,
@@ -384,7 +404,7 @@ nb::tuple encode(Array<const uint8_t, 2> codes, int64_t exponent, Array<const in
         all.reserve(count);
         for (const auto &part : parts) all.insert(all.end(), part.begin(), part.end());
     }
-    return nb::make_tuple(array(std::move(all)), array(std::move(sizes)), array(std::move(classes)));
+    return nb::make_tuple(owned(std::move(all)), owned(std::move(sizes)), owned(std::move(classes)));
 }
 
 // ----------------------------------------------------------------------------------------------------------------- decode
@@ -415,10 +435,10 @@ void decode(Array<const uint8_t, 1> bytes, Array<const int64_t, 1> offsets, Arra
     const Stream from = stream(bytes, offsets, classes, entries);
     const Cut cut(rows, to.shape(1), exponent);
     const int64_t begin = first * lanes_of_tile * cut.height, end = std::min(last * lanes_of_tile * cut.height, rows);
-    if (exponent < 8 || exponent > 14 || tile < 0 || tile + cut.tiles() > static_cast<int64_t>(classes.shape(0)) ||
-        first < 0 || first > last || last > cut.bands || static_cast<int64_t>(to.shape(0)) != std::max<int64_t>(end - begin, 0))
+    if (exponent < 8 || exponent > 14 || tile < 0 || tile + cut.tiles() > classes.shape(0) ||
+        first < 0 || first > last || last > cut.bands || to.shape(0) != std::max<int64_t>(end - begin, 0))
         throw std::invalid_argument("the tiles and their place do not fit together");
-    if (sizeof(T) == 4 && (static_cast<int64_t>(levels.shape(0)) != rows || levels.shape(1) != 2))
+    if (sizeof(T) == 4 && (levels.shape(0) != rows || levels.shape(1) != 2))
         throw std::invalid_argument("levels must be [rows, 2]");
     const Kernels available = kernels(halfbit::active_isa);
     threads = worth((end - begin) * cut.columns / 8, threads);
@@ -483,12 +503,12 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
              Array<const float, 2> levels, Entries entries, Array<float, 2> y, int threads) {
     const Stream from = stream(bytes, offsets, classes, entries);
     const int64_t tokens = x.shape(0), columns = x.shape(1), out = y.shape(1);
-    const int64_t groups = static_cast<int64_t>(starts.shape(0)) - 1;
+    const int64_t groups = starts.shape(0) - 1;
     const int64_t *start = starts.data();
-    if (groups != static_cast<int64_t>(exponents.shape(0)) || start[0] != 0 || start[groups] != tokens ||
+    if (groups != exponents.shape(0) || start[0] != 0 || start[groups] != tokens ||
         !std::is_sorted(start, start + groups + 1))
         throw std::invalid_argument("starts must rise from 0 to the number of tokens, one group for each matrix");
-    if (static_cast<int64_t>(y.shape(0)) != tokens || static_cast<int64_t>(levels.shape(0)) != groups * out ||
+    if (y.shape(0) != tokens || levels.shape(0) != groups * out ||
         levels.shape(1) != 2)
         throw std::invalid_argument("x, y and levels do not fit together");
     std::vector<int64_t> tiles{0};  // where those of each matrix begin
@@ -496,7 +516,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         if (exponents.data()[g] < 8 || exponents.data()[g] > 14) throw std::invalid_argument("exponents must be 8 to 14");
         tiles.push_back(tiles.back() + Cut(out, columns, exponents.data()[g]).tiles());
     }
-    if (tiles.back() != static_cast<int64_t>(classes.shape(0)))
+    if (tiles.back() != classes.shape(0))
         throw std::invalid_argument("the tiles are not those of the matrices");
 
     const Kernels available = kernels(halfbit::active_isa);
@@ -563,18 +583,40 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
 }  // namespace
 
 HALFBIT_BINDINGS(runlength) {
-    m.def("runlength_encode", encode, "codes"_a.noconvert(), "exponent"_a, "limits"_a.noconvert(), "entries"_a.noconvert(),
-          "threads"_a, "codes uint8 [rows, columns] -> stream uint8 [n], bytes int32 [tiles], classes uint8 [tiles]");
-    m.def("runlength_decode", decode<uint8_t>, "stream"_a.noconvert(), "offsets"_a.noconvert(), "classes"_a.noconvert(),
-          "entries"_a.noconvert(), "tile"_a, "exponent"_a, "rows"_a, "levels"_a.noconvert(), "first"_a, "last"_a,
-          "to"_a.noconvert(), "threads"_a, nb::call_guard<nb::gil_scoped_release>());
-    m.def("runlength_decode", decode<float>, "stream"_a.noconvert(), "offsets"_a.noconvert(), "classes"_a.noconvert(),
-          "entries"_a.noconvert(), "tile"_a, "exponent"_a, "rows"_a, "levels"_a.noconvert(), "first"_a, "last"_a,
-          "to"_a.noconvert(), "threads"_a, nb::call_guard<nb::gil_scoped_release>(),
+    m.def("runlength_encode", [](nb::tuple codes, int64_t exponent, nb::tuple limits, nb::tuple entries, int threads) {
+        return encode(array<const uint8_t, 2>(codes), exponent, array<const int64_t, 1>(limits),
+                      array<const int32_t, 2>(entries), threads);
+    }, "codes"_a, "exponent"_a, "limits"_a, "entries"_a, "threads"_a,
+          "codes uint8 [rows, columns] -> stream uint8 [n], bytes int32 [tiles], classes uint8 [tiles]; tensors as "
+          "(address, sizes)");
+    m.def("runlength_decode", [](nb::tuple t, int64_t tile, int64_t exponent, int64_t rows, nb::tuple levels, int64_t first,
+                                 int64_t last, nb::tuple to, bool weights, int threads) {
+        const auto bytes = array<const uint8_t, 1>(t[0]);
+        const auto offsets = array<const int64_t, 1>(t[1]);
+        const auto classes = array<const uint8_t, 1>(t[2]);
+        const auto entries = array<const int32_t, 2>(t[3]);
+        const auto values = array<const float, 2>(levels);
+        const auto as_codes = array<uint8_t, 2>(to);
+        const auto as_weights = array<float, 2>(to);
+        const nb::gil_scoped_release release;
+        if (weights) decode(bytes, offsets, classes, entries, tile, exponent, rows, values, first, last, as_weights, threads);
+        else decode(bytes, offsets, classes, entries, tile, exponent, rows, values, first, last, as_codes, threads);
+    }, "tensors"_a, "tile"_a, "exponent"_a, "rows"_a, "levels"_a, "first"_a, "last"_a, "to"_a, "weights"_a, "threads"_a,
           "Bands first to last of the matrix of `rows` rows whose tiles begin at `tile` -> into codes uint8 or weights "
-          "float32 [rows of the bands, columns]");
-    m.def("runlength_product", product, "x"_a.noconvert(), "starts"_a.noconvert(), "stream"_a.noconvert(),
-          "offsets"_a.noconvert(), "classes"_a.noconvert(), "exponents"_a.noconvert(), "levels"_a.noconvert(),
-          "entries"_a.noconvert(), "y"_a.noconvert(), "threads"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]");
+          "float32 [rows of the bands, columns]; tensors: stream, offsets, classes, entries as (address, sizes)");
+    m.def("runlength_product", [](nb::tuple x, nb::tuple starts, nb::tuple t, nb::tuple y, int threads) {
+        const auto inputs = array<const float, 2>(x);
+        const auto begins = array<const int64_t, 1>(starts);
+        const auto bytes = array<const uint8_t, 1>(t[0]);
+        const auto offsets = array<const int64_t, 1>(t[1]);
+        const auto classes = array<const uint8_t, 1>(t[2]);
+        const auto exponents = array<const uint8_t, 1>(t[3]);
+        const auto levels = array<const float, 2>(t[4]);
+        const auto entries = array<const int32_t, 2>(t[5]);
+        const auto outputs = array<float, 2>(y);
+        const nb::gil_scoped_release release;
+        product(inputs, begins, bytes, offsets, classes, exponents, levels, entries, outputs, threads);
+    }, "x"_a, "starts"_a, "tensors"_a, "y"_a, "threads"_a,
+          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]; tensors: what "
+          "`RunLength.runtime` gives, as (address, sizes)");
 }
