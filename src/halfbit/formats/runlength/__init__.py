@@ -166,6 +166,9 @@ class RunLength:
         return torch.cat([-scale, scale], 1)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        if type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling():
+            # from cold caches the dispatcher takes as long as a product with a small matrix
+            return kernels.multiply(x, starts, tensors, out_features)
         return torch.ops.halfbit.runlength_product(x, starts, tensors, out_features)
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:

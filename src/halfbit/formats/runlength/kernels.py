@@ -30,15 +30,18 @@ def _of(t: Tensor) -> ModuleType:
     return cpu if native.extension is not None and t.device.type == "cpu" else reference
 
 
-@torch.library.custom_op(
-    "halfbit::runlength_product",
-    mutates_args=(),
-    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
-)
-def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `RunLength.runtime`."""
     stream, offsets, of_tile, exponents, levels, entries = tensors
     return _of(x).product(x, starts, stream, offsets, of_tile, exponents, levels, entries, out_features)
+
+
+product = torch.library.custom_op(
+    "halfbit::runlength_product",
+    multiply,
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
+)
 
 
 @product.register_fake
