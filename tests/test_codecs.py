@@ -38,7 +38,7 @@ def with_levels(codes: list[list[int]], levels: list[list[float]]) -> Solution:
 
 
 @all_codecs
-@pytest.mark.parametrize("columns", [*range(1, 10), *range(15, 19), *range(30, 34)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33])
 def test_decoding_gives_what_was_encoded_at_every_width(codec: Codec, columns: int):
     for solution in conformance.solutions_for(codec, 3, columns, seed=columns):
         conformance.check_law(codec, solution)
@@ -88,8 +88,16 @@ def test_damage_is_an_error_or_another_matrix_never_a_crash(codec: Codec):
 
 
 @all_codecs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [[0, 0, 0], [0, 5, 1], [17, 0, 2, 0]])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [
+        ([0, 0, 0], torch.float16),
+        ([0, 5, 1], torch.float32),
+        ([17, 0, 2, 0], torch.float32),
+        ([17, 0, 2, 0], torch.bfloat16),
+        ([17, 0, 2, 0], torch.float16),
+    ],
+)
 def test_the_product_is_as_exact_as_torch(codec: Codec, tokens: list[int], dtype: torch.dtype):
     kinds = [list(conformance.solutions_for(codec, 21, 63, seed=n)) for n in range(len(tokens))]
     for first in range(len(kinds[0])):

@@ -120,9 +120,9 @@ def test_the_other_recipes(name: str, made) -> None:
         assert largest_difference(other.model(**inputs(other.model)).logits, other.logits) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
-def test_torch_compile_takes_the_whole_model_in_one_graph(name: str, made) -> None:
-    model = made(name).model
+def test_torch_compile_takes_the_whole_model_in_one_graph(made) -> None:
+    """With everything that the layer's op can be given: biases, and a gate with numbers of its own."""
+    model = made("gpt-oss").model
     given = inputs(model)
     with torch.no_grad():
         expected = model(**given, use_cache=False).logits

@@ -34,7 +34,7 @@ def same(a: Solution, b: Solution) -> bool:
 
 
 @all_grids
-@pytest.mark.parametrize(("rows", "columns", "block"), [(5, 37, 8), (1, 17, 128), (7, 1, 4), (3, 63, 16), (2, 48, 48)])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(5, 37, 8), (1, 17, 128), (7, 1, 4), (2, 48, 16)])
 def test_blocked_gptq_equals_the_definition(grid: Grid, rows: int, columns: int, block: int):
     w, h = problem(3, rows, columns, 2 * columns)
     for e, solution in enumerate(gptq(w, h, grid, names=NAMES, damping=0.03, block=block)):
