@@ -421,7 +421,7 @@ void each(const Kernels &kernels, const Stream &from, int64_t index, const Tile 
     job.states.end(job.bytes);
 }
 
-constexpr int64_t tiny_work = 1 << 16;  // bytes that are worth a thread
+constexpr int64_t tiny_work = 1 << 15;  // bytes that are worth a thread: some 50 microseconds
 
 int worth(int64_t bytes, int threads) {
     return static_cast<int>(std::clamp<int64_t>(bytes / tiny_work, 1, std::max(threads, 1)));
