@@ -136,7 +136,7 @@ def test_an_opened_matrix_is_what_was_stored(codec: Codec) -> None:
     stack, _ = packed(codec)
     dense = codec.decode(stack).view(3, 10, 40)
     matrix = TunableMatrix(stack, 3)
-    assert torch.equal(torch.stack([matrix.weight(e) for e in range(3)]), dense)
+    assert torch.equal(torch.stack([weight() for weight in matrix.weights()]), dense)
     again = codec.stack(matrix.packed())
     # the grid of scales may have moved by its own rounding, the codes may not
     assert torch.equal(codec.decode(again).sign(), dense.flatten(0, 1).sign())

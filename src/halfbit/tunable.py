@@ -6,6 +6,8 @@ the rounded one (straight-through; Bengio et al. 2013, https://arxiv.org/abs/130
 latent values, so that a matrix keeps its number of non-zeros, and with it its size.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +36,14 @@ class _Ternarized(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (codes,) = ctx.saved_tensors
         return grads[0], (grads[0] * codes).sum(-1, keepdim=True), None
+
+
+def _ternarized(latent: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
+    return _Ternarized.apply(latent, scale, threshold)  # pyright: ignore[reportReturnType]
+
+
+def _two_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return (codes > 0) * high + (codes < 0) * low
 
 
 def _signs(values: Tensor, threshold: Tensor | float) -> Tensor:
@@ -102,20 +112,22 @@ class TunableMatrix(nn.Module):
             return self.get_buffer("codes")
         return _signs(self.latent.detach(), self.factor * self.edge)
 
-    def weight(self, expert: int) -> Tensor:
-        """`[out, in]`."""
+    def weights(self) -> list[Callable[[], Tensor]]:
+        """What makes each matrix, `[out, in]`, when it is wanted."""
+        # taken apart once: the gradient of one slice is a stack of zeros around it
+        high = self.high.unbind(0)
         if self.latent is not None:
-            threshold = self.factor[expert] * self.edge[expert]
-            return _Ternarized.apply(self.latent[expert], self.high[expert], threshold)  # pyright: ignore[reportReturnType]
-        codes = self.get_buffer("codes")[expert]
-        if self.low is None:
-            return codes * self.high[expert]
-        return (codes > 0) * self.high[expert] + (codes < 0) * self.low[expert]
+            thresholds = (self.factor * self.edge).unbind(0)
+            parts = zip(self.latent.unbind(0), high, thresholds, strict=True)
+            return [partial(_ternarized, *part) for part in parts]
+        low = [-h for h in high] if self.low is None else self.low.unbind(0)
+        return [partial(_two_levels, *part) for part in zip(self.get_buffer("codes"), low, high, strict=True)]
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """Grouped product, see `Codec.product`."""
-        bounds = starts.tolist()
-        parts = [x[first:last] @ self.weight(e).T for e, (first, last) in enumerate(pairwise(bounds)) if last > first]
+        weights = self.weights()
+        bounds = enumerate(pairwise(starts.tolist()))
+        parts = [x[first:last] @ weights[e]().T for e, (first, last) in bounds if last > first]
         return torch.cat(parts) if parts else x.new_empty(0, self.high.shape[1])
 
     @torch.no_grad()
