@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import FormatError, Unsupported
+from halfbit.formats._eager import eager
 from halfbit.formats._shapes import one_shape
 from halfbit.formats.qmoe import kernels, reference
 from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
@@ -118,6 +119,8 @@ class QMoE:
         return [t["codewords"], _offsets(t["row_lengths"]), levels, entries]
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        if eager(x):
+            return kernels.multiply(x, starts, tensors, out_features)
         return torch.ops.halfbit.qmoe_product(x, starts, tensors, out_features)
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:

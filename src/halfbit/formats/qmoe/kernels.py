@@ -32,16 +32,19 @@ def _native(t: Tensor) -> bool:
     return native.extension is not None and t.device.type == "cpu"
 
 
-@torch.library.custom_op(
-    "halfbit::qmoe_product",
-    mutates_args=(),
-    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
-)
-def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `QMoE.runtime`."""
     codewords, row_offsets, levels, entries = tensors
     implementation = cpu if _native(x) else reference
     return implementation.product(x, starts, codewords, row_offsets, levels, entries, out_features)
+
+
+product = torch.library.custom_op(
+    "halfbit::qmoe_product",
+    multiply,
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
+)
 
 
 @product.register_fake

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from halfbit import bits
 from halfbit.errors import FormatError, RecipeError, Unsupported
+from halfbit.formats._eager import eager
 from halfbit.formats._shapes import one_shape
 from halfbit.formats.runlength import kernels, reference
 from halfbit.formats.runlength.lanes import EXPONENTS, Lanes
@@ -166,8 +167,7 @@ class RunLength:
         return torch.cat([-scale, scale], 1)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-        if type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling():
-            # from cold caches the dispatcher takes as long as a product with a small matrix
+        if eager(x):
             return kernels.multiply(x, starts, tensors, out_features)
         return torch.ops.halfbit.runlength_product(x, starts, tensors, out_features)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import FormatError, RecipeError, Unsupported
+from halfbit.formats._eager import eager
 from halfbit.formats._order import check_order, pack_order, part_order, stack_orders, unpack_order
 from halfbit.formats._shapes import one_shape
 from halfbit.formats.spqr import kernels, reference, tiled
@@ -176,6 +177,8 @@ class SpQR:
         return self._operands(packed)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        if eager(x):
+            return kernels.multiply(x, starts, tensors, self.form)
         return torch.ops.halfbit.spqr_product(x, starts, tensors, list(self.form))
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:

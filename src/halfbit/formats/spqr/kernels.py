@@ -23,14 +23,19 @@ def _native(t: Tensor) -> bool:
     return native.extension is not None and t.device.type == "cpu"
 
 
+def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
+    """See `Codec.product`; `tensors` are those of `SpQR.runtime`, `form` is `SpQR.form`."""
+    return (cpu if _native(x) else reference).product(x, starts, tensors, form)
+
+
 @torch.library.custom_op(
     "halfbit::spqr_product",
     mutates_args=(),
     schema="(Tensor x, Tensor starts, Tensor[] tensors, int[] form) -> Tensor",
 )
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: list[int]) -> Tensor:
-    """See `Codec.product`; `tensors` are those of `SpQR.runtime`, `form` is `SpQR.form`."""
-    return (cpu if _native(x) else reference).product(x, starts, tensors, Form(*form))
+    """`multiply`, with the form as an operator takes it."""
+    return multiply(x, starts, tensors, Form(*form))
 
 
 @product.register_fake
