@@ -101,11 +101,11 @@ def tune(
     vocabulary = read_config(Reader(source)).get_text_config().vocab_size
     noisy = with_noise([samples[i] for i in learning], tuning.noise, vocabulary, tuning.seed)
     samples = [*noisy, *(samples[i] for i in watched)]
-    teacher = _teacher(source, writer.folder, samples, device)
+    teacher = _teacher(source, writer, samples, device)
     student = Student(source, compressed, tuning, device)
     yield from map(Noticed, student.notices)
     before = _measure(student.model, samples, watched, teacher, device)
-    yield from _learn(student, noisy, teacher, tuning, writer.folder / STATE, device)
+    yield from _learn(student, noisy, teacher, tuning, writer, device)
     stored = student.round()
     after = _measure(student.model, samples, watched, teacher, device)
     better = after < before
@@ -116,11 +116,11 @@ def tune(
         (writer.folder / name).unlink(missing_ok=True)
 
 
-def _teacher(source: str, folder: Path, samples: list[Sample], device: str) -> Teacher:
-    path = folder / TEACHER
+def _teacher(source: str, writer: Writer, samples: list[Sample], device: str) -> Teacher:
+    path = writer.folder / TEACHER
     if not path.is_file():
         tokens, logs = ask(open_family(Reader(source)), samples, device, _dtype(device))
-        _replace(path, {"tokens": tokens, "logs": logs})
+        writer.atomically(path, lambda temporary: save_file({"tokens": tokens, "logs": logs}, temporary))
     return Teacher(path, samples)
 
 
@@ -214,13 +214,13 @@ class Student:
 
 
 def _learn(
-    student: Student, samples: list[Sample], teacher: Teacher, tuning: Tuning, path: Path, device: str
+    student: Student, samples: list[Sample], teacher: Teacher, tuning: Tuning, writer: Writer, device: str
 ) -> Iterator[Event]:
     names, parameters = list(student.learned), list(student.learned.values())
     # a tensor moves by a share of its own size
     rates = [tuning.learning_rate * float(p.detach().square().mean().sqrt().clamp(min=1e-8)) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)], betas=BETAS)
-    begin = _resume(path, names, student, adam)
+    begin = _resume(writer.folder / STATE, names, student, adam)
     batches = Batches(samples, tuning.batch_tokens, tuning.seed)
     saved = time.monotonic()
     for step in range(begin, tuning.steps):
@@ -237,9 +237,9 @@ def _learn(
                 matrix.keep_density()
         yield Tuned(step + 1, tuning.steps, loss.detach().item())
         if time.monotonic() - saved > SAVE_EVERY:
-            _save(path, names, student, adam, step + 1)
+            _save(writer, names, student, adam, step + 1)
             saved = time.monotonic()
-    _save(path, names, student, adam, tuning.steps)
+    _save(writer, names, student, adam, tuning.steps)
 
 
 def _loss(model: Any, samples: list[Sample], chosen: list[int], teacher: Teacher, device: str) -> Tensor:
@@ -272,7 +272,7 @@ def _measure(model: Any, samples: list[Sample], which: range, teacher: Teacher, 
 # --- state, so that a run can be killed
 
 
-def _save(path: Path, names: list[str], student: Student, adam: torch.optim.Adam, step: int) -> None:
+def _save(writer: Writer, names: list[str], student: Student, adam: torch.optim.Adam, step: int) -> None:
     tensors = {}
     for name in names:
         parameter = student.learned[name]
@@ -281,7 +281,10 @@ def _save(path: Path, names: list[str], student: Student, adam: torch.optim.Adam
     for (where, name), matrix in student.matrices.items():
         if matrix.latent is not None:
             tensors[f"{where}.{name}#factor"] = matrix.factor
-    _replace(path, tensors, {"step": str(step)})
+    whole = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    writer.atomically(
+        writer.folder / STATE, lambda temporary: save_file(whole, temporary, metadata={"step": str(step)})
+    )
 
 
 def _resume(path: Path, names: list[str], student: Student, adam: torch.optim.Adam) -> int:
@@ -302,13 +305,6 @@ def _resume(path: Path, names: list[str], student: Student, adam: torch.optim.Ad
             if matrix.latent is not None:
                 matrix.factor.copy_(file.get_tensor(f"{where}.{name}#factor"))
     return step
-
-
-def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
 
 
 # --- the result

@@ -151,7 +151,7 @@ class Writer:
         """Write the block's tensors to `file` and name the block in the manifest."""
         if self._tensors:
             target = self.folder / file
-            self._atomically(target, lambda temporary: save_file(self._tensors, temporary, metadata={"format": "pt"}))
+            self.atomically(target, lambda temporary: save_file(self._tensors, temporary, metadata={"format": "pt"}))
             for name, tensor in self._tensors.items():
                 self.manifest["tensors"][name] = {
                     "file": file,
@@ -182,7 +182,7 @@ class Writer:
         """Copy the tokenizer and other files, then write index and config: from here on it is a model."""
         names = [path.name for path in auxiliary]
         for path in auxiliary:
-            self._atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            self.atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
         if recipe is not None:
             self._text("recipe.toml", recipe)
             names.append("recipe.toml")
@@ -202,9 +202,10 @@ class Writer:
         self._text(MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
 
     def _text(self, name: str, text: str) -> None:
-        self._atomically(self.folder / name, lambda temporary: temporary.write_text(text, "utf-8"))
+        self.atomically(self.folder / name, lambda temporary: temporary.write_text(text, "utf-8"))
 
-    def _atomically(self, target: Path, write: Callable[[Path], Any]) -> None:
+    def atomically(self, target: Path, write: Callable[[Path], Any]) -> None:
+        """Let `write` make a file that is there whole, on the disk, or not at all. Raises OutputError."""
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             with _disk(target):
