@@ -258,3 +258,5 @@ def test_too_little_text_to_hold_some_back(tmp_path: Path) -> None:
     model = source(tmp_path)
     with pytest.raises(RecipeError, match="too few to hold"):
         list(compress(str(model), tmp_path / "out", chosen().calibrated(samples=1), text(model, LENGTH)))
+    # said before anything was solved
+    assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 from halfbit.storing import fingerprint_of, folder_config, put_experts, put_outer
-from halfbit.tune import tune
+from halfbit.tune import held_back, tune
 from halfbit.types import Packed
 from halfbit.writer import Writer
 
@@ -81,6 +81,7 @@ def compress(
     if recipe.calibration.sequence_length == 0:
         recipe = recipe.calibrated(sequence_length=longest(family.config))
     documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
+    held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
     about = {
         "halfbit": version("halfbit"),
         "source": Path(source).name,
@@ -92,7 +93,7 @@ def compress(
     if not writer.complete:
         steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision)
         yield from (event for event in steps if not isinstance(event, Finished))
-        yield from tune(source, untuned, writer, samples, recipe.tuning, device=device)
+        yield from tune(reader, untuned, writer, samples, recipe.tuning, device=device)
     shutil.rmtree(untuned, ignore_errors=True)
     yield Finished(writer.folder)
 

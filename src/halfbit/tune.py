@@ -77,8 +77,16 @@ class Teacher:
         return self._tokens[rows], self._logs[rows]
 
 
+def held_back(samples: int, tuning: Tuning) -> int:
+    """How many samples, the last ones, are not learned from. Raises RecipeError where none would be left."""
+    held = max(1, round(tuning.held_back * samples))
+    if held >= samples:
+        raise RecipeError(f"tuning: {samples} samples are too few to hold {held} of them back; give more text")
+    return held
+
+
 def tune(
-    source: str,
+    reader: Reader,
     compressed: Path,
     writer: Writer,
     samples: list[Sample],
@@ -86,23 +94,18 @@ def tune(
     *,
     device: str = "cpu",
 ) -> Iterator[Event]:
-    """Tune `compressed`, a finished folder made of `source`, into the folder of `writer`.
+    """Tune `compressed`, a finished folder made of what `reader` reads, and write the result to the folder of `writer`.
 
     Yields:
-        a `Tuned` now and then, and what should be known. The writer is not finished.
-
-    Raises:
-        RecipeError: too few samples to hold some back.
+        a `Tuned` for every step, and what should be known.
     """
-    held = max(1, round(tuning.held_back * len(samples)))
-    if held >= len(samples):
-        raise RecipeError(f"tuning: {len(samples)} samples are too few to hold {held} of them back; give more text")
+    held = held_back(len(samples), tuning)
     learning, watched = range(len(samples) - held), range(len(samples) - held, len(samples))
-    vocabulary = read_config(Reader(source)).get_text_config().vocab_size
+    vocabulary = read_config(reader).get_text_config().vocab_size
     noisy = with_noise([samples[i] for i in learning], tuning.noise, vocabulary, tuning.seed)
     samples = [*noisy, *(samples[i] for i in watched)]
-    teacher = _teacher(source, writer, samples, device)
-    student = Student(source, compressed, tuning, device)
+    teacher = _teacher(reader, writer, samples, device)
+    student = Student(reader, compressed, tuning, device)
     yield from map(Noticed, student.notices)
     before = _measure(student.model, samples, watched, teacher, device)
     yield from _learn(student, noisy, teacher, tuning, writer, device)
@@ -116,10 +119,10 @@ def tune(
         (writer.folder / name).unlink(missing_ok=True)
 
 
-def _teacher(source: str, writer: Writer, samples: list[Sample], device: str) -> Teacher:
+def _teacher(reader: Reader, writer: Writer, samples: list[Sample], device: str) -> Teacher:
     path = writer.folder / TEACHER
     if not path.is_file():
-        tokens, logs = ask(open_family(Reader(source)), samples, device, _dtype(device))
+        tokens, logs = ask(open_family(reader), samples, device, _dtype(device))
         writer.atomically(path, lambda temporary: save_file({"tokens": tokens, "logs": logs}, temporary))
     return Teacher(path, samples)
 
@@ -142,13 +145,13 @@ class Student:
         notices: what is left as it is, and why.
     """
 
-    def __init__(self, source: str, compressed: Path, tuning: Tuning, device: str):
+    def __init__(self, reader: Reader, compressed: Path, tuning: Tuning, device: str):
         self.notices: list[str] = []
         self.model = load(str(compressed), dtype=torch.float32, device=device)
         self.model.requires_grad_(False)
         self.matrices: dict[tuple[str, str], TunableMatrix] = {}
         self._plain: dict[str, nn.Parameter] = {}
-        family = open_family(Reader(source))
+        family = open_family(reader)
         for path, module in list(self.model.named_modules()):
             if isinstance(module, PackedExperts):
                 self._open(path, module, family, tuning, device)
