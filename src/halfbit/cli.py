@@ -379,7 +379,8 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     else:
         for problem in problems:
             err.print(problem.message, style="bold red", markup=False, highlight=False, soft_wrap=True)
-        out.print(f"{folder}: {whole} tensors whole, {len(problems)} problems", markup=False, highlight=False)
+        told_all = f"{folder}: {whole} tensors whole, {len(problems)} problems"
+        out.print(told_all, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 
