@@ -66,6 +66,15 @@ def test_the_lowest_rate_that_passes_is_found(tmp_path: Path, monkeypatch: pytes
     assert len(fake.tried) <= 8
 
 
+def test_the_length_of_samples_may_be_automatic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = source(tmp_path)
+    fake = Fake(monkeypatch, 0.03)
+    how = chosen().calibrated(sequence_length=0)
+    # the model's longest is 64 tokens
+    list(search.compress_to_loss(str(model), tmp_path / "out", how, text(model, 8 * 64), 0.02))
+    assert fake.tried
+
+
 def test_a_loss_that_no_rate_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = source(tmp_path)
     Fake(monkeypatch, 3.0)

@@ -19,7 +19,7 @@ committed blocks are read back instead of solved.
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from halfbit.activations import Activations, Routed
-from halfbit.claims import Claims
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
 from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
@@ -38,12 +37,12 @@ from halfbit.family import Family
 from halfbit.flow import Flow, Seen
 from halfbit.layout import Entry, stored_name
 from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
-from halfbit.linears import WEIGHT, Linear, find_linears
+from halfbit.linears import find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
-from halfbit.storing import fingerprint_of, folder_config, put_experts, put_outer
+from halfbit.storing import fingerprint_of, folder_config, packed_tensors, put_experts, put_outer
 from halfbit.tune import held_back, tune
 from halfbit.types import Packed
 from halfbit.writer import Writer
@@ -77,19 +76,11 @@ def compress(
         return
     reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
     family = open_family(reader)
+    recipe = with_length(recipe, family)
     # tuning wants all of the text
-    if recipe.calibration.sequence_length == 0:
-        recipe = recipe.calibrated(sequence_length=longest(family.config))
     documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
     held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
-    about = {
-        "halfbit": version("halfbit"),
-        "source": Path(source).name,
-        "recipe": recipe.name,
-        "calibration": fingerprint(documents),
-        "threads": torch.get_num_threads(),
-    }
-    writer = Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
+    writer = _writer(folder, reader, recipe, documents, samples, device)
     if not writer.complete:
         steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision)
         yield from (event for event in steps if not isinstance(event, Finished))
@@ -121,22 +112,14 @@ def _compress(
             f"such as {', '.join(list(find_linears(family.model, family.experts, claims.tied))[:3])}"
         )
     packed_stacks = [family.experts[path] for path, pair in rules.items() if pair]
-    compressed = _compressed(claims, packed_stacks, [linear for linear, _ in linears.values()])
+    compressed = packed_tensors(claims, packed_stacks, [linear for linear, _ in linears.values()])
     documents: list[str] = []
     samples: list[Sample] = []
     in_use = [rule for pair in rules.values() if pair for rule in pair] + [rule for _, rule in linears.values()]
     if any(rule.solver != "rtn" for rule in in_use):
-        if recipe.calibration.sequence_length == 0:
-            recipe = recipe.calibrated(sequence_length=longest(family.config))
+        recipe = with_length(recipe, family)
         documents, samples = calibration_samples(reader, family, recipe, calibration)
-    about = {
-        "halfbit": version("halfbit"),
-        "source": Path(source).name,
-        "recipe": recipe.name,
-        "calibration": fingerprint(documents) if documents else None,
-        "threads": torch.get_num_threads(),
-    }
-    writer = Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
+    writer = _writer(folder, reader, recipe, documents, samples, device)
     blocks = [block for part in family.stacks() for block in part.blocks]
     yield Began(
         writer.folder,
@@ -145,10 +128,10 @@ def _compress(
         resumed=sum(map(writer.has, blocks)),
         solved=len(writer.manifest["matrices"]),
     )
-    begun_with = writer.manifest["about"]["threads"]
-    if begun_with != about["threads"]:
+    begun_with, threads = writer.manifest["about"]["threads"], torch.get_num_threads()
+    if begun_with != threads:
         yield Noticed(
-            f"this run was begun with {begun_with} threads and goes on with {about['threads']}: sums are rounded in "
+            f"this run was begun with {begun_with} threads and goes on with {threads}: sums are rounded in "
             "another order, so the result will not be bit-identical to one made in one go"
         )
     for rule in recipe.rules:
@@ -196,7 +179,7 @@ def _compress(
             for path in pending:
                 yield Noticed(f"{path}: never runs on the calibration text; stored as it was")
             if not done:
-                kept = _compressed(claims, (), [linear for linear, _ in pending.values()])
+                kept = packed_tensors(claims, (), [linear for linear, _ in pending.values()])
                 for name in claims.tensors_of(block):
                     if name not in compressed or name in kept:
                         writer.put(name, reader.tensor(name))
@@ -267,16 +250,6 @@ def _solve(
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
 
 
-def _compressed(claims: Claims, stacks: Iterable[ExpertStack], linears: Iterable[Linear]) -> set[str]:
-    """Checkpoint tensors whose weights are stored in packed form (biases are not)."""
-    weights = [name for stack in stacks for projection in stack.projections for name in stack.parameters(projection)]
-    for linear in linears:
-        # a checkpoint may hold a tied weight under both names
-        twins = (f"{twin}.{WEIGHT}" for twin in linear.twins)
-        weights += [linear.name, *(name for name in twins if name in claims.sources)]
-    return {tensor for name in weights for names in claims.sources[name].names.values() for tensor in names}
-
-
 def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:
     """What an earlier run wrote of a module: input and output projection, as the tall matrices that lie in the file."""
     found = []
@@ -310,6 +283,26 @@ def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:
             f"use globs that cover all of {', '.join((*stack.up, stack.down))}"
         )
     return first, last
+
+
+def _writer(
+    folder: str | Path, reader: Reader, recipe: Recipe, documents: list[str], samples: list[Sample], device: str
+) -> Writer:
+    about = {
+        "halfbit": version("halfbit"),
+        "source": Path(reader.source).name,
+        "recipe": recipe.name,
+        "calibration": fingerprint(documents) if documents else None,
+        "threads": torch.get_num_threads(),
+    }
+    return Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
+
+
+def with_length(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe with the length of samples filled in where it is automatic."""
+    if recipe.calibration.sequence_length:
+        return recipe
+    return recipe.calibrated(sequence_length=longest(family.config))
 
 
 def calibration_samples(

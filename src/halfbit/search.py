@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from halfbit.compress import calibration_samples, compress
+from halfbit.compress import calibration_samples, compress, with_length
 from halfbit.errors import RecipeError
 from halfbit.evaluate import load, measure
 from halfbit.events import Event, Finished, Noticed
@@ -19,6 +19,7 @@ from halfbit.reader import Reader
 from halfbit.recipe import Recipe
 from halfbit.samples import Sample
 from halfbit.sizes import HIGHEST, LOWEST
+from halfbit.tune import held_back
 
 TRIALS = ".trials"
 # ratio of two rates that are not worth telling apart
@@ -38,8 +39,10 @@ def compress_to_loss(
         yield Finished(folder)
         return
     reader = Reader(source)
-    _, samples = calibration_samples(reader, open_family(reader), recipe, calibration, every=True)
-    held = samples[len(samples) - max(1, round(recipe.tuning.held_back * len(samples))) :]
+    family = open_family(reader)
+    recipe = with_length(recipe, family)
+    _, samples = calibration_samples(reader, family, recipe, calibration, every=True)
+    held = samples[-held_back(len(samples), recipe.tuning) :]
     if len(samples) - len(held) < recipe.calibration.samples:
         raise RecipeError(
             f"--max-loss: {len(samples)} samples of text are too few to solve with {recipe.calibration.samples} and "

@@ -14,6 +14,7 @@ from halfbit.linear_groups import choose
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.solving import blank_bits
+from halfbit.storing import packed_tensors
 
 # bytes that manifest, index and config hold of each stored tensor, each matrix, and all in all
 PER_TENSOR, PER_MATRIX, ONCE = 560, 300, 8000
@@ -69,9 +70,8 @@ def _written(source: str, recipe: Recipe) -> tuple[tuple[int, int], int]:
     """((weights to choose for, bytes of other tensors), bytes of what is no tensor)."""
     reader = Reader(source)
     family = open_family(reader)
-    claims = family.claims()
     chosen = fixed = matrices = parts = 0
-    packed: set[str] = set()
+    stacks, linears = [], choose(recipe, family)
 
     def add(rule: Rule, shape: tuple[int, int], count: int) -> None:
         nonlocal chosen, fixed, matrices
@@ -89,14 +89,12 @@ def _written(source: str, recipe: Recipe) -> tuple[tuple[int, int], int]:
             shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
             add(rule, shape, stack.num_experts)
             parts += len(rule.codec.parts)
-            packed |= {
-                n for p in names for w in stack.parameters(p) for ns in claims.sources[w].names.values() for n in ns
-            }
-    for linear, rule in choose(recipe, family).values():
+            stacks.append(stack)
+    for linear, rule in linears.values():
         shape = family.model.get_parameter_or_buffer(linear.name).shape
         add(rule, (shape[0], shape[1]), 1)
         parts += 0 if rule.codec is None else len(rule.codec.parts)
-        packed |= {n for ns in claims.sources[linear.name].names.values() for n in ns}
+    packed = packed_tensors(family.claims(), stacks, [linear for linear, _ in linears.values()])
     plain = [n for n in reader.names() if n not in packed]
     fixed += sum(prod(reader.shape(n)) * reader.dtype(n).itemsize for n in plain)
     files = sum(reader.path(n).stat().st_size for n in reader.auxiliary_files())

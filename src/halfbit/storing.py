@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbit.claims import Claims
 from halfbit.experts import ExpertStack
 from halfbit.layout import Entry, stored_name
-from halfbit.linears import WEIGHT
+from halfbit.linears import WEIGHT, Linear
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.types import Packed
@@ -19,6 +20,16 @@ from halfbit.writer import FORMAT_VERSION, Writer, checksum
 
 # of the files that hold what lies outside the blocks
 SHARD_BYTES = 2 << 30
+
+
+def packed_tensors(claims: Claims, stacks: Iterable[ExpertStack], linears: Iterable[Linear]) -> set[str]:
+    """Checkpoint tensors whose weights are stored in packed form (biases are not)."""
+    weights = [name for stack in stacks for projection in stack.projections for name in stack.parameters(projection)]
+    for linear in linears:
+        # a checkpoint may hold a tied weight under both names
+        twins = (f"{twin}.{WEIGHT}" for twin in linear.twins)
+        weights += [linear.name, *(name for name in twins if name in claims.sources)]
+    return {tensor for name in weights for names in claims.sources[name].names.values() for tensor in names}
 
 
 def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Writer) -> int:
