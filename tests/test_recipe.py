@@ -23,7 +23,8 @@ def test_a_recipe_survives_being_written_with_all_defaults(name: str) -> None:
 
 def test_the_named_recipes() -> None:
     assert recipe.names() == [
-        "mixed", "qmoe", "qmoe-2bit", "rtn-ternary", "runlength", "spqr-3bit", "spqr-near-lossless", "spqr-under-4",
+        "halfbit", "mixed", "qmoe", "qmoe-2bit", "rtn-ternary", "runlength", "spqr-3bit",
+        "spqr-near-lossless", "spqr-under-4",
     ]  # fmt: skip
     rule = recipe.load("qmoe").rule("model.layers.0.mlp.experts.down_proj")
     assert rule is not None

@@ -1,14 +1,19 @@
 """One rule applied to matrices: budgets are met by what is stored, and told where they cannot be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from halfbit.errors import RecipeError, Unsupported
+from halfbit.formats.runlength import RunLength
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.bilevel import Bilevel
+from halfbit.grids.deadzone import Deadzone
 from halfbit.recipe import Rule, Solving
-from halfbit.solving import solve
+from halfbit.solving import solve as solve_each
+from halfbit.types import Solution
 
 
 def matrices(count: int = 2, out: int = 96, width: int = 160) -> tuple[Tensor, Tensor]:
@@ -22,6 +27,11 @@ def matrices(count: int = 2, out: int = 96, width: int = 160) -> tuple[Tensor, T
 def rule(fitting: str = "min-max", **fields) -> Rule:
     grid = Bilevel(bits=3, group=16, fitting=fitting)
     return Rule("*", "gptq", grid, SpQR(bits=3, group=16), order="act_order", damping=0.1, **fields)
+
+
+def solve(w: Tensor, h: Tensor, rule: Rule, *rest, **named) -> list[Solution]:
+    """All matrices by one rule."""
+    return solve_each(w, h, [rule] * len(w), *rest, **named)
 
 
 NAMES = ["a", "b"]
@@ -113,3 +123,28 @@ def test_a_repair_is_told_once() -> None:
     solve(w, torch.zeros_like(h), rule(bits=4.0), Solving(), ["a"], notices)
     assert len(notices) == 1
     assert notices[0].startswith("a: its Hessian needed repair")
+
+
+def test_matrices_of_different_rules_are_solved_as_if_alone() -> None:
+    """Ternary with rates of their own, SpQR, and SpQR with outliers; the batch is put together by rule."""
+    w, h = matrices(5, 64)
+    ternary = Rule("*", "gptq", Deadzone(), RunLength(), bits=0.9)
+    rules = [rule(), ternary, rule(tau=0.3), rule(), replace(ternary, bits=0.7)]
+    names = list("abcde")
+    found = solve_each(w, h, rules, Solving(), names, [])
+    for i in (0, 2, 3):
+        (alone,) = solve_each(w[i : i + 1], h[i : i + 1], [rules[i]], Solving(), [names[i]], [])
+        assert torch.equal(found[i].dense(), alone.dense())
+    assert found[2].outliers is not None
+    # ternary ones share a mean rate; with spreads of their own they keep their ratio
+    bits = [RunLength().encode(found[i]).bits_per_weight for i in (1, 4)]
+    assert sum(bits) / 2 == pytest.approx(0.8, rel=0.01)
+    wide = [replace(ternary, grid=Deadzone(spread=s)) for s in (2.0, 6.0)]
+    own = solve_each(w[:2], h[:2], wide, Solving(), names[:2], [])
+    bits = [RunLength().encode(s).bits_per_weight for s in own]
+    assert sum(bits) / 2 == pytest.approx(0.9, rel=0.01)
+    assert bits[0] > 1.5 * bits[1]
+    scales = [Deadzone().ready({k: v[:, 0] for k, v in s.params.items()})["scale"][:, 0] for s in own]
+    sizes = [matrix.square().mean(-1).sqrt() for matrix in w[:2]]
+    # a step of five bits is some per cent of a scale
+    assert (scales[1] / sizes[1]).mean() / (scales[0] / sizes[0]).mean() == pytest.approx(3.0, rel=0.1)

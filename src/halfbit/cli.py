@@ -24,14 +24,14 @@ from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import CalibrationError, HalfbitError, RecipeError, UnknownName, Unsupported
 from halfbit.evaluate import evaluate, load
-from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Solved, Tuned
+from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Probed, Solved, Tuned
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
 from halfbit.importers import import_checkpoint
 from halfbit.samples import load_tokenizer
 from halfbit.search import compress_to_loss
-from halfbit.sizes import bits_for_model_bits, bits_for_size, parse_size
+from halfbit.sizes import parse_size, with_bits, with_model_bits, with_size
 
 app = typer.Typer(
     help="Compress large language models until they fit the hardware you have, and run them compressed.",
@@ -139,14 +139,14 @@ def compress(
         raise RecipeError(f"--{' and --'.join(budgets)} are ways to say one thing; give one of them")
     if bits_of not in ("experts", "model"):
         raise UnknownName("--bits-of", bits_of, ["experts", "model"])
-    if max_loss is not None:
-        budgets = {}
-    elif size is not None:
-        budgets = {"bits": bits_for_size(model, chosen, parse_size(size))}
-    elif bits is not None and bits_of == "model":
-        budgets = {"bits": bits_for_model_bits(model, chosen, bits)}
-    for budget, value in budgets.items():
-        chosen = chosen.budgeted(budget, float(value))
+    if size is not None:
+        chosen = with_size(model, chosen, parse_size(size))
+    elif bits is not None:
+        chosen = (with_model_bits if bits_of == "model" else with_bits)(model, chosen, bits)
+    elif outliers is not None:
+        chosen = chosen.budgeted("outliers", outliers)
+    elif tau is not None:
+        chosen = chosen.budgeted("tau", tau)
     chosen = chosen if tune is None else chosen.tuned(steps=tune)
     if max_loss is not None:
         show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device)))
@@ -210,6 +210,8 @@ def show_progress(events: Any) -> None:
                     progress.update(task, total=matrices, completed=solved)
                     if resumed:
                         progress.console.print(f"continuing: {resumed} of {blocks} blocks are done", markup=False)
+                case Probed(done=done, matrices=matrices):
+                    progress.update(task, total=matrices, completed=done, description="measuring what bits buy")
                 case BlockBegan(block=block, resumed=resumed):
                     progress.update(task, description=f"{block}{' (read back)' if resumed else ''}")
                 case Solved() | Imported():

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from halfbit.activations import Activations, Routed
+from halfbit.allocation import ALLOCATION, CURVES, Settled, settle
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
 from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
@@ -102,24 +103,33 @@ def _compress(
     reader = Reader(source, revision)
     family = open_family(reader)
     claims, dtype = family.claims(), _compute_dtype(reader, device)
-    rules = {path: _rules(recipe, stack) for path, stack in family.experts.items()}
+    pairs = {path: _rules(recipe, stack) for path, stack in family.experts.items()}
     linears = choose(recipe, family)
-    if not any(rules.values()) and not linears:
+    if not any(pairs.values()) and not linears:
         raise RecipeError(
             f"{source}: no weight matches a rule of recipe {recipe.name!r} "
             f"({', '.join(r.match for r in recipe.rules)}); "
-            f"this model has {f'experts at {next(iter(rules))}' if rules else 'no experts modules'} and linear layers "
+            f"this model has {f'experts at {next(iter(pairs))}' if pairs else 'no experts modules'} and linear layers "
             f"such as {', '.join(list(find_linears(family.model, family.experts, claims.tied))[:3])}"
         )
-    packed_stacks = [family.experts[path] for path, pair in rules.items() if pair]
+    packed_stacks = [family.experts[path] for path, pair in pairs.items() if pair]
     compressed = packed_tensors(claims, packed_stacks, [linear for linear, _ in linears.values()])
     documents: list[str] = []
     samples: list[Sample] = []
-    in_use = [rule for pair in rules.values() if pair for rule in pair] + [rule for _, rule in linears.values()]
+    in_use = [rule for pair in pairs.values() if pair for rule in pair] + [rule for _, rule in linears.values()]
     if any(rule.solver != "rtn" for rule in in_use):
         recipe = with_length(recipe, family)
         documents, samples = calibration_samples(reader, family, recipe, calibration)
     writer = _writer(folder, reader, recipe, documents, samples, device)
+    if writer.complete:
+        yield Finished(writer.folder)
+        return
+    rules: dict[str, tuple[list[Rule], list[Rule]] | None] = {}
+    for event in settle(open_family(reader), recipe, pairs, linears, samples, writer, device, dtype):
+        if isinstance(event, Settled):
+            rules, linears = event.experts, event.linears
+        else:
+            yield event
     blocks = [block for part in family.stacks() for block in part.blocks]
     yield Began(
         writer.folder,
@@ -135,12 +145,9 @@ def _compress(
             "another order, so the result will not be bit-identical to one made in one go"
         )
     for rule in recipe.rules:
-        if rule.codec is not None and not any(rule is used for used in in_use):
+        if rule.packs and not any(rule is used for used in in_use):
             yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
     yield from map(Noticed, left_out(recipe, family, linears))
-    if writer.complete:
-        yield Finished(writer.folder)
-        return
 
     encoded: Activations | None = None
     if samples:
@@ -198,7 +205,9 @@ def _compress(
     put_outer(reader, plain, writer)
     tied = {twin: path for path, (linear, _) in linears.items() for twin in linear.twins}
     auxiliary = [reader.path(n) for n in reader.auxiliary_files()]
+    auxiliary += [path for path in [writer.folder / ALLOCATION] if path.is_file()]
     writer.finish(folder_config(reader, writer, tied), auxiliary, recipe.to_toml())
+    (writer.folder / CURVES).unlink(missing_ok=True)
     yield Finished(writer.folder)
 
 
@@ -221,7 +230,7 @@ def _outside(
 def _solve(
     family: Family,
     stack: ExpertStack,
-    rules: tuple[Rule, Rule],
+    rules: tuple[list[Rule], list[Rule]],
     recipe: Recipe,
     routed: Routed | None,
     writer: Writer,
@@ -232,12 +241,13 @@ def _solve(
     tokens: list[int] = []
     for experts in batches(stack, recipe.solving.experts_per_batch):
         group = Group.read(family, stack, experts, device)
-        solved = solve(group, rules, recipe, routed)
+        of_group = rules[0][experts.start : experts.stop], rules[1][experts.start : experts.stop]
+        solved = solve(group, of_group, recipe, routed)
         yield from map(Noticed, solved.notices)
         tokens += solved.tokens
-        for role, (rule, solutions) in enumerate(zip(rules, (solved.up, solved.down), strict=True)):
-            assert rule.codec is not None
-            for name, solution, n in zip(group.names, solutions, solved.tokens, strict=True):
+        for role, solutions in enumerate((solved.up, solved.down)):
+            for name, rule, solution, n in zip(group.names, of_group[role], solutions, solved.tokens, strict=True):
+                assert rule.codec is not None
                 matrix, encoded = f"{name}.{stored_names(stack)[role]}", rule.codec.encode(solution)
                 packed[role].append(encoded)
                 fact = {"loss": solution.loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}

@@ -16,6 +16,14 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """It is known what so many of the `matrices` of the rules with options cost at each size."""
+
+    done: int
+    matrices: int
+
+
+@dataclass(frozen=True)
 class BlockBegan:
     block: str
     number: int
@@ -67,4 +75,4 @@ class Finished:
     folder: Path
 
 
-Event = Began | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Finished
+Event = Began | Probed | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Finished

@@ -5,7 +5,7 @@ of tokens spread over the whole layer; for the output projection these tokens go
 projection, since the neurons of two experts have nothing to do with each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,8 @@ from halfbit.recipe import Coverage, Recipe, Rule
 from halfbit.solve.hessian import Hessian, shrink
 from halfbit.solving import solve as solve_matrices
 from halfbit.types import Packed, Solution
+
+Rules = Sequence[Rule]
 
 # tokens that go through one expert at a time
 EXPERT_TOKENS = 8192
@@ -130,8 +132,8 @@ def max_tokens(coverage: Coverage, routed: Routed) -> int:
     return max(1, int(coverage.max_tokens * routed.index.numel() / routed.num_experts))
 
 
-def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed | None) -> SolvedGroup:
-    """Solve the group's input projections, then its output projections.
+def solve(group: Group, rules: tuple[Rules, Rules], recipe: Recipe, routed: Routed | None) -> SolvedGroup:
+    """Solve the group's input projections, then its output projections; `rules` has one of each for every expert.
 
     `routed` is None when every rule rounds to nearest: then no Hessian is needed and the loss is under the identity.
     """
@@ -142,22 +144,41 @@ def solve(group: Group, rules: tuple[Rule, Rule], recipe: Recipe, routed: Routed
         down = solve_matrices(group.down, eye[1], rules[1], recipe.solving, group.names, notices)
         return SolvedGroup(up, down, [0] * len(group.names), notices)
 
-    train = [_training_rows(routed, e, max_tokens(recipe.coverage, routed)) for e in group.experts]
-    tokens = [len(rows) for rows in train]
-    _check_coverage(recipe.coverage, group.names, tokens, notices)
-    pooled = routed.hidden[_spread(routed.keep)].to(group.up)
-
-    h = _hessians(group, train, routed, recipe.coverage, tokens, pooled, _as_it_is)
+    training = Training.of(group, recipe.coverage, routed)
+    _check_coverage(recipe.coverage, group.names, training.tokens, notices)
+    h = hessians(group, training, routed, recipe.coverage, as_it_is)
     up = solve_matrices(group.up, h, rules[0], recipe.solving, group.names, notices)
     seen = group
     if recipe.solving.true_sequential:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
-    h = _hessians(seen, train, routed, recipe.coverage, tokens, pooled, seen.hidden)
+    h = hessians(seen, training, routed, recipe.coverage, seen.hidden)
     down = solve_matrices(group.down, h, rules[1], recipe.solving, group.names, notices)
-    return SolvedGroup(up, down, tokens, notices)
+    return SolvedGroup(up, down, training.tokens, notices)
 
 
-def _as_it_is(_expert: int, x: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What the experts of a group are solved on.
+
+    Attributes:
+        rows: of `Routed.hidden`, one tensor per expert.
+        pooled: `[tokens, width]`, tokens that stand for the whole layer.
+    """
+
+    rows: list[Tensor]
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, group: Group, coverage: Coverage, routed: Routed) -> "Training":
+        rows = [_training_rows(routed, e, max_tokens(coverage, routed)) for e in group.experts]
+        return cls(rows, routed.hidden[_spread(routed.keep)].to(group.up))
+
+    @property
+    def tokens(self) -> list[int]:
+        return [len(rows) for rows in self.rows]
+
+
+def as_it_is(_expert: int, x: Tensor) -> Tensor:
     return x
 
 
@@ -186,16 +207,18 @@ def _check_coverage(coverage: Coverage, names: list[str], tokens: list[int], not
         notices.append(f"{name}: {n} calibration tokens, below {coverage.floor}: {coverage.undersampled}")
 
 
-def _hessians(
+def hessians(
     group: Group,
-    train: list[Tensor],
+    training: Training,
     routed: Routed,
     coverage: Coverage,
-    tokens: list[int],
-    pooled: Tensor,
     view: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """`[experts, in, in]`: of each expert's own tokens, moved or replaced as the recipe's coverage says."""
+    """`[experts, in, in]`: of each expert's own tokens, moved or replaced as the recipe's coverage says.
+
+    `view` makes of tokens what the projection is given: `as_it_is`, or the group's `hidden`.
+    """
+    train, tokens, pooled = training.rows, training.tokens, training.pooled
     width = view(0, pooled[:1]).shape[1]
     own = Hessian(len(train), width, device=group.up.device)
     for i, rows in enumerate(train):
@@ -203,7 +226,7 @@ def _hessians(
             own.add(view(i, routed.hidden[chunk].to(group.up)), i)
     if coverage.undersampled == "shrink":
         # the input projections of all experts look at the same pooled tokens
-        views = 1 if view is _as_it_is else len(train)
+        views = 1 if view is as_it_is else len(train)
         everyone = Hessian(views, width, device=group.up.device)
         for i in range(views):
             everyone.add(view(i, pooled), i)

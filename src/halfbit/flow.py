@@ -8,6 +8,7 @@ linear layers are compressed too it runs once more for those before the door and
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +137,13 @@ class Flow:
                 self._activations = Activations(buffer, starts, tokens.keep)
             self._activations.view(batch).copy_(hidden)
             self._contexts.append(context)
+
+    def copy(self) -> "Flow":
+        """The same samples at the same block, to go another way from here."""
+        other, now = copy(self), self.activations
+        other._activations = Activations(now.buffer.clone(), now.starts, now.keep)
+        other._replays = dict(self._replays)
+        return other
 
     @property
     def activations(self) -> Activations:

@@ -120,7 +120,7 @@ def solve_group(
         # the order that follows from the Hessian alone is the same again
         free = rule.order == "act_order" and by_hessian
         by_hessian |= rule.order == "act_order"
-        (solution,) = solve(w[None], h, rule, recipe.solving, [path], notices, order_is_stored=not free)
+        (solution,) = solve(w[None], h, [rule], recipe.solving, [path], notices, order_is_stored=not free)
         yield from map(Noticed, notices)
         assert rule.codec is not None
         packed = rule.codec.encode(solution)

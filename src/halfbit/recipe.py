@@ -15,12 +15,23 @@
     damping = 1.0
     bits = 4.5                               # or outliers = 0.005 (a share), or tau = 0.2
 
-Weights that no rule matches, or whose rule has no codec, are stored as they were. The recipe that made a model lies in
-its folder as `recipe.toml`, with every default filled in.
+    [[rules]]
+    match = "*.experts.*"                    # each matrix gets one of the options, where it helps the model most
+    bits = 1.2                               # mean stored bits per weight of all matrices of this rule
+    [[rules.options]]
+    grid = { name = "deadzone" }
+    codec = { name = "runlength" }           # ternary, at any rate
+    [[rules.options]]
+    grid = { name = "bilevel", bits = 2, group = 16, supergroup = 64 }
+    codec = { name = "spqr" }
+
+Weights that no rule matches, or whose rule has neither codec nor options, are stored as they were. The recipe that made
+a model lies in its folder as `recipe.toml`, with every default filled in.
 """
 
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -68,9 +79,14 @@ class Rule:
     """Outliers by their share; the threshold is searched for every matrix."""
     bits: float | None = None
     """Stored bits per weight, everything included: by outliers, whose threshold is searched for every matrix, or by the
-    spread of the grid deadzone, searched for every batch of experts."""
+    spread of the grid deadzone, searched for every batch of experts; with options the mean over all matrices."""
+    options: "tuple[Rule, ...]" = ()
+    """In place of grid and codec: ways to store a matrix, of which `probe.py` and `allocate.py` choose for each."""
 
     def __post_init__(self):
+        if self.options:
+            self._check_options()
+            return
         if self.solver not in SOLVERS:
             raise UnknownName("solver", self.solver, list(SOLVERS))
         if (self.grid is None) != (self.codec is None):
@@ -98,8 +114,36 @@ class Rule:
             except Unsupported as e:
                 raise RecipeError(f"{where}: grid and codec do not fit together: {e}") from e
 
+    def _check_options(self) -> None:
+        where = f"rule {self.match!r}"
+        if self.grid or self.codec or self.order != "identity" or self.damping or self.tau or self.outliers:
+            raise RecipeError(
+                f"{where}: has options, so grid, codec and the like belong in them; beside them only bits"
+            )
+        if self.bits is None or not 0 < self.bits < inf:
+            raise RecipeError(f"{where}: options need bits, the mean of all matrices, above 0; got {self.bits}")
+        for option in self.options:
+            if option.codec is None or option.options:
+                raise RecipeError(f"{where}: every option needs a grid and a codec, and has no options of its own")
+            if option.solver != "gptq" or option.bits is not None:
+                raise RecipeError(f"{where}: an option is solved by gptq, and its bits are not given: they are chosen")
+
+    @property
+    def packs(self) -> bool:
+        """False: matrices of this rule stay as they are."""
+        return self.codec is not None or bool(self.options)
+
+    def at(self, option: int, bits: float, spread: float | None) -> "Rule":
+        """The rule of one matrix: one of the options, a ternary one at so many bits, searched from `spread` on."""
+        found = self.options[option]
+        if spread is None or not isinstance(found.grid, Deadzone):
+            return found
+        return replace(found, bits=bits, grid=replace(found.grid, spread=spread))
+
     def takes(self, budget: str) -> bool:
         """Whether there is something in the rule that can be chosen to keep such a budget."""
+        if self.options:
+            return budget == "bits"
         if self.solver == "rtn" or self.codec is None:
             return False
         return "outlier_values" in self.codec.parts or (budget == "bits" and isinstance(self.grid, Deadzone))
@@ -209,7 +253,7 @@ class Recipe:
     def rule(self, matrix: str) -> Rule | None:
         """The first rule that matches `module.path.projection`, or None: stored as it was."""
         found = self.first(matrix)
-        return found if found is not None and found.codec is not None else None
+        return found if found is not None and found.packs else None
 
     def first(self, matrix: str) -> Rule | None:
         """The first rule that matches, also one that says to keep the matrix as it was."""
@@ -223,14 +267,19 @@ class Recipe:
         """The recipe with some tuning fields replaced."""
         return replace(self, tuning=replace(self.tuning, **changes))
 
-    def budgeted(self, budget: str, value: float) -> "Recipe":
-        """The recipe with one of BUDGETS for every rule that can keep it, in place of what the rule said."""
+    def budgeted(self, budget: str, value: float, among: Sequence[Rule] | None = None) -> "Recipe":
+        """The recipe with one of BUDGETS for every rule that can keep it, in place of what the rule said.
+
+        Args:
+            among: no others than these.
+        """
         clean = dict.fromkeys(BUDGETS)
-        takes = [rule.takes(budget) for rule in self.rules]
+        among = self.rules if among is None else among
+        takes = [rule.takes(budget) and any(rule is other for other in among) for rule in self.rules]
         if not any(takes):
             raise RecipeError(
                 f"recipe {self.name!r} has no rule that could keep it: {budget} says nothing to it; rules with the "
-                "codec 'spqr' take all budgets, those with the grid 'deadzone' bits"
+                "codec 'spqr' take all budgets, those with the grid 'deadzone' or with options bits"
             )
         return replace(
             self,
@@ -241,14 +290,7 @@ class Recipe:
         )
 
     def to_toml(self) -> str:
-        table: dict[str, Any] = {"name": self.name, "rules": []}
-        for rule in self.rules:
-            row: dict[str, Any] = {"match": rule.match, "solver": rule.solver}
-            if rule.grid is not None and rule.codec is not None:
-                row |= {"grid": _without_none(grids.to_config(rule.grid))}
-                row |= {"codec": _without_none(formats.to_config(rule.codec))}
-                row |= _without_none({k: getattr(rule, k) for k in ("order", "damping", *BUDGETS)})
-            table["rules"].append(row)
+        table: dict[str, Any] = {"name": self.name, "rules": [_row(rule) for rule in self.rules]}
         table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration", "tuning")}
         return tomli_w.dumps(table)
 
@@ -268,20 +310,45 @@ class Recipe:
             _only(row, {f.name for f in fields(Rule)}, where)
             if not isinstance(row.get("match"), str):
                 raise RecipeError(f"{where}: needs match, a glob over module paths such as '*.experts.*'")
-            row = dict(row)
-            try:
-                if "grid" in row:
-                    row["grid"] = grids.from_config(row["grid"])
-                if "codec" in row:
-                    row["codec"] = formats.from_config(_completed(row["codec"], row.get("grid")))
-            except FormatError as e:
-                raise RecipeError(f"{where}: {e}") from e
-            for key in ("damping", *BUDGETS):
-                if key in row and type(row[key]) not in (int, float):
-                    raise RecipeError(f"{where}: {key} must be a number, got {row[key]!r}")
-            rules.append(Rule(**row))
+            options = row.get("options", [])
+            if not isinstance(options, list):
+                raise RecipeError(f"{where}: options must be [[rules.options]] tables, got {options!r}")
+            found = []
+            for count, option in enumerate(options, 1):
+                inner = f"{where}, option {count}"
+                _only(option, {f.name for f in fields(Rule)} - {"match", "options"}, inner)
+                found.append(_rule({**option, "match": row["match"]}, inner))
+            rules.append(_rule({**row, "options": tuple(found)}, where))
         parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in sections.items()}
         return cls(name=str(table.get("name", origin)), rules=tuple(rules), **parts)
+
+
+def _row(rule: Rule) -> dict[str, Any]:
+    row: dict[str, Any] = {"match": rule.match, "solver": rule.solver}
+    if rule.grid is not None and rule.codec is not None:
+        row |= {"grid": _without_none(grids.to_config(rule.grid))}
+        row |= {"codec": _without_none(formats.to_config(rule.codec))}
+    if rule.packs:
+        row |= _without_none({k: getattr(rule, k) for k in ("order", "damping", *BUDGETS)})
+    if rule.options:
+        # what it matches is said once
+        row["options"] = [{k: v for k, v in _row(o).items() if k != "match"} for o in rule.options]
+    return row
+
+
+def _rule(row: dict[str, Any], where: str) -> Rule:
+    """A rule from its table; options are rules already."""
+    try:
+        if "grid" in row:
+            row["grid"] = grids.from_config(row["grid"])
+        if "codec" in row:
+            row["codec"] = formats.from_config(_completed(row["codec"], row.get("grid")))
+    except FormatError as e:
+        raise RecipeError(f"{where}: {e}") from e
+    for key in ("damping", *BUDGETS):
+        if key in row and type(row[key]) not in (int, float):
+            raise RecipeError(f"{where}: {key} must be a number, got {row[key]!r}")
+    return Rule(**row)
 
 
 def _completed(config: Any, grid: Grid | None) -> Any:

@@ -18,7 +18,7 @@ from halfbit.families import open_family
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe
 from halfbit.samples import Sample
-from halfbit.sizes import HIGHEST, LOWEST
+from halfbit.sizes import Account
 from halfbit.tune import held_back
 
 TRIALS = ".trials"
@@ -49,11 +49,12 @@ def compress_to_loss(
             f"hold {len(held)} back; give more text or fewer --samples"
         )
     allowed = _loss(source, held, device) * (1 + most)
-    low, high, best = LOWEST, HIGHEST, None
-    bits = HIGHEST
+    account = Account.of(source, recipe)
+    low, high, best = account.least, account.most, None
+    bits = high
     while best is None or high / low > FINE:
         trial = folder / TRIALS / f"{bits:.4f}"
-        for event in compress(source, trial, recipe.budgeted("bits", bits), calibration, device=device):
+        for event in compress(source, trial, recipe.budgeted("bits", bits, account.free), calibration, device=device):
             if not isinstance(event, Finished):
                 yield event
         loss = _loss(str(trial), held, device)
@@ -65,7 +66,7 @@ def compress_to_loss(
             high, best = bits, trial
         elif best is None:
             raise RecipeError(
-                f"--max-loss {most:g}: with {HIGHEST} bits, the most this recipe has, the loss rises by "
+                f"--max-loss {most:g}: with {account.most:.3g} bits, the most this recipe has, the loss rises by "
                 f"{loss / allowed * (1 + most) - 1:.4f}; allow more, tune it (--tune), or use a recipe with more bits"
             )
         else:

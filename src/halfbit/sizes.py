@@ -6,10 +6,12 @@ size of the folder = rates that can be chosen x their weights
 """
 
 import re
+from dataclasses import dataclass
 from math import prod
 
 from halfbit.errors import RecipeError, UnknownName
 from halfbit.families import open_family
+from halfbit.grids.deadzone import Deadzone
 from halfbit.linear_groups import choose
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
@@ -18,8 +20,9 @@ from halfbit.storing import packed_tensors
 
 # bytes that manifest, index and config hold of each stored tensor, each matrix, and all in all
 PER_TENSOR, PER_MATRIX, ONCE = 560, 300, 8000
-# what ternary codes can be asked for
-LOWEST, HIGHEST = 0.3, 1.5
+# what ternary codes can be asked for, and with how many bits outliers are everything
+TERNARY = 0.3, 1.5
+OUTLIERS = 16.0
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -34,68 +37,109 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def bits_for_size(source: str, recipe: Recipe, size: int) -> float:
-    """Bits per weight, for the rules that take bits, at which the whole folder has `size` bytes.
+@dataclass(frozen=True)
+class Account:
+    """What a folder is made of.
 
-    Raises RecipeError where no rate does; it names the sizes that are possible.
+    Attributes:
+        free: rules whose bits a budget sets: those of the experts that take bits, else all that do.
+        weights: of these rules.
+        least, most: bits per weight that they can be asked for.
+        fixed: bytes of all other tensors.
+        about: bytes of what is no tensor.
+        model: weights of the whole model.
     """
-    chosen, fixed = _count(source, recipe)
-    bits = 8 * (size - fixed) / chosen
-    if not LOWEST <= bits <= HIGHEST:
-        least, most = (int(fixed + rate * chosen / 8) for rate in (LOWEST, HIGHEST))
-        raise RecipeError(
-            f"a folder of {size:,} bytes leaves {bits:.3f} bits for each of the {chosen:,} weights whose rate can be "
-            f"chosen; possible with this recipe are {least:,} to {most:,} bytes ({LOWEST} to {HIGHEST} bits)"
-        )
-    return bits
+
+    free: list[Rule]
+    weights: int
+    least: float
+    most: float
+    fixed: int
+    about: int
+    model: int
+
+    @classmethod
+    def of(cls, source: str, recipe: Recipe) -> "Account":
+        """Raises RecipeError where the recipe takes no bits."""
+        reader = Reader(source)
+        family = open_family(reader)
+        linears = choose(recipe, family)
+        # (rule, shape, how many)
+        matrices: list[tuple[Rule, tuple[int, int], int]] = []
+        stacks = []
+        for stack in family.experts.values():
+            for names in (stack.up, (stack.down,)):
+                rule = recipe.rule(f"{stack.path}.{names[0]}")
+                if rule is not None:
+                    shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
+                    matrices.append((rule, shape, stack.num_experts))
+                    stacks.append(stack)
+        free = [rule for rule, _, _ in matrices if rule.takes("bits")]
+        for linear, rule in linears.values():
+            rows, columns = family.model.get_parameter_or_buffer(linear.name).shape
+            matrices.append((rule, (rows, columns), 1))
+        free = free or [rule for rule, _, _ in matrices if rule.takes("bits")]
+        if not free:
+            raise RecipeError(f"recipe {recipe.name!r}: no weight of {source} has a rule whose rate can be chosen")
+        packed = packed_tensors(family.claims(), stacks, [linear for linear, _ in linears.values()])
+        plain = [n for n in reader.names() if n not in packed]
+        fixed = float(sum(prod(reader.shape(n)) * reader.dtype(n).itemsize for n in plain))
+        weights, least, most, parts = 0, 0.0, 0.0, 0
+        for rule, shape, count in matrices:
+            size = count * prod(shape)
+            parts += max(len(option.codec.parts) for option in rule.options or (rule,) if option.codec is not None)
+            if any(rule is other for other in free):
+                low, high = _range(rule, shape)
+                weights, least, most = weights + size, least + low * size, most + high * size
+            else:
+                fixed += size * (blank_bits(shape, rule) if rule.bits is None else rule.bits) / 8
+        files = sum(reader.path(n).stat().st_size for n in reader.auxiliary_files())
+        about = files + PER_TENSOR * (len(plain) + parts) + PER_MATRIX * sum(count for _, _, count in matrices) + ONCE
+        model = sum(prod(reader.shape(n)) for n in reader.names())
+        return cls(free, weights, least / weights, most / weights, int(fixed), about, model)
+
+    def bits(self, size: int) -> float:
+        """Bits per weight, of the free rules, at which the whole folder has `size` bytes.
+
+        Raises RecipeError where no rate does; it names the sizes that are possible.
+        """
+        rest = self.fixed + self.about
+        bits = 8 * (size - rest) / self.weights
+        if not self.least <= bits <= self.most:
+            low, high = (int(rest + rate * self.weights / 8) for rate in (self.least, self.most))
+            raise RecipeError(
+                f"a folder of {size:,} bytes leaves {bits:.3f} bits for each of the {self.weights:,} weights whose "
+                f"rate can be chosen; possible with this recipe are {low:,} to {high:,} bytes ({self.least:.3g} to "
+                f"{self.most:.3g} bits)"
+            )
+        return bits
 
 
-def bits_for_model_bits(source: str, recipe: Recipe, bits: float) -> float:
+def with_bits(source: str, recipe: Recipe, bits: float) -> Recipe:
+    """The recipe with `bits` per weight: of the experts where a rule of theirs takes bits, else of all such rules."""
+    return recipe.budgeted("bits", bits, Account.of(source, recipe).free)
+
+
+def with_size(source: str, recipe: Recipe, size: int) -> Recipe:
+    """The recipe with the bits at which the whole folder has `size` bytes. Raises RecipeError as `Account.bits`."""
+    account = Account.of(source, recipe)
+    return recipe.budgeted("bits", account.bits(size), account.free)
+
+
+def with_model_bits(source: str, recipe: Recipe, bits: float) -> Recipe:
     """The same for `bits` per weight of the whole model, tensors only."""
-    reader = Reader(source)
-    weights = sum(prod(reader.shape(n)) for n in reader.names())
-    return bits_for_size(source, recipe, int(bits * weights / 8) + _written(source, recipe)[1])
+    account = Account.of(source, recipe)
+    return recipe.budgeted("bits", account.bits(int(bits * account.model / 8) + account.about), account.free)
 
 
-def _count(source: str, recipe: Recipe) -> tuple[int, int]:
-    """Weights whose rate can be chosen, and the bytes of everything else."""
-    tensors, about = _written(source, recipe)
-    chosen, fixed = tensors
-    if chosen == 0:
-        raise RecipeError(f"recipe {recipe.name!r}: no weight of {source} has a rule whose rate can be chosen")
-    return chosen, fixed + about
-
-
-def _written(source: str, recipe: Recipe) -> tuple[tuple[int, int], int]:
-    """((weights to choose for, bytes of other tensors), bytes of what is no tensor)."""
-    reader = Reader(source)
-    family = open_family(reader)
-    chosen = fixed = matrices = parts = 0
-    stacks, linears = [], choose(recipe, family)
-
-    def add(rule: Rule, shape: tuple[int, int], count: int) -> None:
-        nonlocal chosen, fixed, matrices
-        matrices += count
-        if rule.takes("bits"):
-            chosen += count * prod(shape)
+def _range(rule: Rule, shape: tuple[int, int]) -> tuple[float, float]:
+    """The least and the most bits per weight that a rule which takes bits can give a matrix `[out, in]`."""
+    found = []
+    for option in rule.options or (rule,):
+        if isinstance(option.grid, Deadzone):
+            found.append(TERNARY)
         else:
-            fixed += int(count * prod(shape) * blank_bits(shape, rule) / 8)
-
-    for stack in family.experts.values():
-        for names in (stack.up, (stack.down,)):
-            rule = recipe.rule(f"{stack.path}.{names[0]}")
-            if rule is None or rule.codec is None:
-                continue
-            shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
-            add(rule, shape, stack.num_experts)
-            parts += len(rule.codec.parts)
-            stacks.append(stack)
-    for linear, rule in linears.values():
-        shape = family.model.get_parameter_or_buffer(linear.name).shape
-        add(rule, (shape[0], shape[1]), 1)
-        parts += 0 if rule.codec is None else len(rule.codec.parts)
-    packed = packed_tensors(family.claims(), stacks, [linear for linear, _ in linears.values()])
-    plain = [n for n in reader.names() if n not in packed]
-    fixed += sum(prod(reader.shape(n)) * reader.dtype(n).itemsize for n in plain)
-    files = sum(reader.path(n).stat().st_size for n in reader.auxiliary_files())
-    return (chosen, fixed), files + PER_TENSOR * (len(plain) + parts) + PER_MATRIX * matrices + ONCE
+            blank = blank_bits(shape, option)
+            # what is left goes to outliers where there is but one way
+            found.append((blank, blank if rule.options else OUTLIERS))
+    return min(low for low, _ in found), max(high for _, high in found)

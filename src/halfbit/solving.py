@@ -1,6 +1,6 @@
-"""One rule of a recipe applied to matrices of one shape: which solver, with what damping, order and outliers."""
+"""Rules of a recipe applied to matrices of one shape: which solver, with what damping, order, outliers and rate."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from halfbit.errors import RecipeError, Unsupported
 from halfbit.grids.bilevel import Bilevel
-from halfbit.grids.deadzone import Deadzone
+from halfbit.grids.deadzone import LEAST, MOST, Deadzone
 from halfbit.recipe import Rule, Solving
 from halfbit.solve.budget import gptq_with_share
 from halfbit.solve.gptq import gptq, prepare
 from halfbit.solve.gptq import solve as solve_problem
 from halfbit.solve.hessian import Repair
 from halfbit.solve.loss import measured
-from halfbit.solve.rate import at_rate
+from halfbit.solve.rate import at_rate, guess
 from halfbit.solve.rtn import rtn
 from halfbit.types import Solution
 
@@ -31,7 +31,7 @@ TOLD = 0.01
 def solve(
     w: Tensor,
     hessian: Tensor | None,
-    rule: Rule,
+    rules: Sequence[Rule],
     solving: Solving,
     names: list[str],
     notices: list[str],
@@ -43,13 +43,46 @@ def solve(
     Args:
         w: `[matrices, out, in]`.
         hessian: `[matrices, in, in]`, undamped; None, for rules that round to nearest: the loss is that of the weights.
-        rule: has a grid and a codec.
+        rules: one per matrix, each with a grid and a codec. Those that are alike but for the rate are solved together.
         names: of the matrices.
         notices: repaired Hessians are told here.
         order_is_stored: False: another matrix of the same input stores the column order, so it costs nothing.
 
     Raises what grids and solvers raise, with the name of the first matrix.
     """
+    batches: dict[object, list[int]] = {}
+    for i, rule in enumerate(rules):
+        # a spread is no part of a grid's equality
+        rate = None if isinstance(rule.grid, Deadzone) else rule.bits
+        key = rule.solver, rule.grid, rule.codec, rule.order, rule.damping, rule.tau, rule.outliers, rate
+        batches.setdefault(key, []).append(i)
+    found: dict[int, Solution] = {}
+    for members in batches.values():
+        some = slice(None) if len(members) == len(rules) else torch.tensor(members, device=w.device)
+        part = _solve(
+            w[some],
+            None if hessian is None else hessian[some],
+            [rules[i] for i in members],
+            solving,
+            [names[i] for i in members],
+            notices,
+            order_is_stored,
+        )
+        found |= dict(zip(members, part, strict=True))
+    return [found[i] for i in range(len(rules))]
+
+
+def _solve(
+    w: Tensor,
+    hessian: Tensor | None,
+    rules: list[Rule],
+    solving: Solving,
+    names: list[str],
+    notices: list[str],
+    order_is_stored: bool,
+) -> list[Solution]:
+    """Of rules that are alike but for the rate."""
+    rule = rules[0]
     grid = rule.grid
     assert grid is not None
     if rule.solver == "rtn":
@@ -78,7 +111,7 @@ def solve(
         if rule.outliers is not None:
             found = with_share(rule.outliers)
         elif rule.bits is not None and isinstance(grid, Deadzone):
-            found = _at_rate(rule.bits, w, hessian, rule, grid, shared, notices)
+            found = _at_rate(w, hessian, rules, shared, notices)
         elif rule.bits is not None:
             found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
         else:
@@ -96,23 +129,27 @@ def _naming(names: list[str]) -> Iterator[None]:
 
 
 def _at_rate(
-    bits: float,
-    w: Tensor,
-    hessian: Tensor,
-    rule: Rule,
-    grid: Deadzone,
-    shared: dict[str, Any],
-    notices: list[str],
+    w: Tensor, hessian: Tensor, rules: list[Rule], shared: dict[str, Any], notices: list[str]
 ) -> list[Solution]:
-    """With the spread at which the batch takes `bits` per weight."""
+    """With the spreads at which the batch takes the rules' bits on the mean. Rules that say nothing else share one."""
+    grids = [rule.grid for rule in rules if isinstance(rule.grid, Deadzone)]
+    bits = sum(rule.bits for rule in rules if rule.bits is not None) / len(rules)
+    own = [grid.spread for grid in grids if isinstance(grid.spread, float)]
+    spread = sum(own) / len(own)
+    if set(own) == {Deadzone().spread}:
+        own = [1.0] * len(own)
+        spread = guess(bits)
+    else:
+        own = [s / spread for s in own]
     block = shared.pop("block")
     problem = prepare(w, hessian, fallback="identity", **shared)
 
-    def of(candidate: Deadzone) -> list[Solution]:
-        answer = solve_problem(problem, candidate, None, block)
-        return [answer.solution(problem, candidate, e) for e in range(w.shape[0])]
+    def at(spread: float) -> list[Solution]:
+        grid = replace(grids[0], spread=tuple(min(max(spread * s, LEAST), MOST) for s in own))
+        answer = solve_problem(problem, grid, None, block)
+        return [answer.solution(problem, grid, e) for e in range(w.shape[0])]
 
-    found, used = at_rate(bits, of, lambda s: _bits(s, rule, True), grid, CLOSE_ENOUGH)
+    found, used = at_rate(bits, at, lambda s: _bits(s, rules[0], True), spread, CLOSE_ENOUGH)
     if abs(used - bits) > TOLD * bits:
         names = shared["names"]
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""

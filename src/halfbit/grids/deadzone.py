@@ -16,6 +16,9 @@ from torch import Tensor
 from halfbit.errors import NonFinite, RecipeError
 from halfbit.types import Params
 
+# of the spread
+LEAST, MOST = 0.1, 100
+
 
 @dataclass(frozen=True)
 class Deadzone:
@@ -23,19 +26,21 @@ class Deadzone:
 
     Attributes:
         scale_bits: of each row's scale, 2 to 8; scale = lowest + step * code with two numbers per matrix.
-        spread: scale in units of the row's root mean square; says how many weights become zero, and is not stored.
+        spread: scale in units of the row's root mean square; says how many weights become zero, and is not stored. One
+            number, or one for each matrix of a batch.
     """
 
     scale_bits: int = 5
-    spread: float = field(default=2.8, compare=False)
+    spread: float | tuple[float, ...] = field(default=2.8, compare=False)
 
     name: ClassVar[str] = "deadzone"
 
     def __post_init__(self) -> None:
         if not 2 <= self.scale_bits <= 8:
             raise RecipeError(f"Deadzone: scale_bits must be 2 to 8, got {self.scale_bits}")
-        if not 0.1 <= self.spread <= 100:
-            raise RecipeError(f"Deadzone: spread must be 0.1 to 100, got {self.spread}")
+        spreads = self.spread if isinstance(self.spread, tuple) else (self.spread,)
+        if not all(LEAST <= s <= MOST for s in spreads):
+            raise RecipeError(f"Deadzone: spread must be {LEAST} to {MOST}, got {self.spread}")
 
     @property
     def group(self) -> None:
@@ -48,7 +53,10 @@ class Deadzone:
             raise NonFinite("Deadzone: a weight is NaN or infinite, so its row has no scale")
         # of what is left after dividing by the largest, or squares of small weights would vanish
         largest = w.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-        return self.store(self.spread * largest[..., 0] * (w / largest).square().mean(-1).sqrt())
+        spread = torch.tensor(self.spread, dtype=w.dtype, device=w.device)
+        # of the matrices, for all of their rows
+        spread = spread[:, None] if spread.dim() else spread
+        return self.store(spread * largest[..., 0] * (w / largest).square().mean(-1).sqrt())
 
     def store(self, scale: Tensor) -> Params:
         """Parameters whose scales are as near to `scale` `[..., out]`, at least 0, as the bits allow."""

@@ -1,15 +1,14 @@
 """Ternary GPTQ at a rate: the spread of the grid with which the stored matrices take so many bits per weight.
 
 Bits fall steadily as the spread grows. The first guess comes from a table of trained models, the next ones from the
-last two tries (secant in the logarithm of the spread); all matrices of a batch share one spread.
+last two tries (secant in the logarithm of the spread). All matrices of a batch share one spread, or one factor on
+spreads of their own.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
-from halfbit.grids.deadzone import Deadzone
 from halfbit.types import Solution
 
 # spread and entropy of the codes, by GPTQ on a small trained model; only where the search begins
@@ -29,24 +28,24 @@ def guess(bits: float) -> float:
 
 def at_rate(
     bits: float,
-    solve: Callable[[Deadzone], list[Solution]],
+    solve: Callable[[float], list[Solution]],
     stored: Callable[[list[Solution]], float],
-    grid: Deadzone,
+    spread: float,
     tolerance: float,
 ) -> tuple[list[Solution], float]:
     """Solutions that take `bits` per weight, within `tolerance` of it, or the nearest found; and what they take.
 
     Args:
-        solve: the batch with a grid.
+        bits: mean of the batch.
+        solve: the batch with a spread.
         stored: bits per weight that solutions take in the file.
-        grid: all but its spread.
+        spread: to begin with.
         tolerance: share of `bits`.
     """
     tried: list[tuple[float, float]] = []
     best: tuple[list[Solution], float] = [], math.inf
-    spread = guess(bits)
     for _ in range(ATTEMPTS):
-        found = solve(replace(grid, spread=min(max(spread, 0.1), 100.0)))
+        found = solve(spread)
         used = stored(found)
         if abs(used - bits) < abs(best[1] - bits):
             best = found, used

@@ -1,0 +1,145 @@
+"""From a recipe whose rules have options to one rule for every matrix: probe the model once, then spend the bits.
+
+What was measured is kept in the run folder, so a run that goes on, or asks for another size, does not measure again;
+what was decided is told in `allocation.json`, before anything is solved.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halfbit import formats
+from halfbit.errors import RecipeError
+from halfbit.events import Event
+from halfbit.experts import ExpertStack
+from halfbit.family import Family
+from halfbit.linear_groups import Chosen
+from halfbit.nn import stored_names
+from halfbit.probe import Pair, Probe
+from halfbit.recipe import Recipe, Rule
+from halfbit.samples import Sample
+from halfbit.solve.allocate import Choice, Curve, allocate, hull
+from halfbit.writer import Writer
+
+ALLOCATION = "allocation.json"
+CURVES = ".curves.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """One rule per matrix, none of them with options.
+
+    Attributes:
+        experts: by module, of every expert's input and output projection; None: the module stays as it is.
+        linears: as `choose` gave them.
+    """
+
+    experts: dict[str, tuple[list[Rule], list[Rule]] | None]
+    linears: Chosen
+
+
+def settle(
+    family: Family,
+    recipe: Recipe,
+    pairs: Mapping[str, Pair | None],
+    linears: Chosen,
+    samples: list[Sample],
+    writer: Writer,
+    device: str,
+    dtype: torch.dtype,
+) -> Iterator[Event | Settled]:
+    """The last thing it yields is the `Settled`.
+
+    Args:
+        family: of its own, since the pass through the original leaves its parts loaded.
+
+    Raises:
+        RecipeError: bits that the options of a rule cannot give; says which they can.
+    """
+    chosen: dict[str, Rule] = {}
+    if any(rule.options for pair in pairs.values() if pair for rule in pair) or any(
+        r.options for _, r in linears.values()
+    ):
+        curves = _read(writer)
+        if curves is None:
+            probe = Probe(family, recipe, pairs, linears, samples, device, dtype)
+            yield from probe.run()
+            curves = probe.curves
+            text = json.dumps({name: [c.weights, [_row(choice) for choice in c.choices]] for name, c in curves.items()})
+            writer.atomically(writer.folder / CURVES, lambda temporary: temporary.write_text(text, "utf-8"))
+        by_rule = _by_rule(family, pairs, linears)
+        spent = {rule: _spend(rule, {name: curves[name] for name in names}) for rule, names in by_rule.items()}
+        told = json.dumps(_told(spent), indent=1) + "\n"
+        writer.atomically(writer.folder / ALLOCATION, lambda temporary: temporary.write_text(told, "utf-8"))
+        for rule, choices in spent.items():
+            chosen |= {name: rule.at(c.option, c.bits, c.spread) for name, c in choices.items()}
+    experts = {
+        path: None if pair is None else _of_stack(family.experts[path], pair, chosen) for path, pair in pairs.items()
+    }
+    yield Settled(experts, {path: (linear, chosen.get(path, rule)) for path, (linear, rule) in linears.items()})
+
+
+def _of_stack(stack: ExpertStack, pair: Pair, chosen: Mapping[str, Rule]) -> tuple[list[Rule], list[Rule]]:
+    up, down = (
+        [chosen.get(name, rule) for name in _names(stack, projection)]
+        for rule, projection in zip(pair, stored_names(stack), strict=True)
+    )
+    return up, down
+
+
+def _names(stack: ExpertStack, projection: str) -> list[str]:
+    return [f"{stack.path}.{e}.{projection}" for e in range(stack.num_experts)]
+
+
+def _by_rule(family: Family, pairs: Mapping[str, Pair | None], linears: Chosen) -> dict[Rule, list[str]]:
+    """The matrices of each rule with options, in the model's order."""
+    found: dict[Rule, list[str]] = {}
+    for path, pair in pairs.items():
+        stack = family.experts[path]
+        for rule, projection in zip(pair or (), stored_names(stack), strict=bool(pair)):
+            if rule.options:
+                found.setdefault(rule, []).extend(_names(stack, projection))
+    for path, (_, rule) in linears.items():
+        if rule.options:
+            found.setdefault(rule, []).append(path)
+    return found
+
+
+def _spend(rule: Rule, curves: Mapping[str, Curve]) -> dict[str, Choice]:
+    assert rule.bits is not None
+    weights = sum(c.weights for c in curves.values())
+    hulls = {name: hull(c.choices) for name, c in curves.items()}
+    least, most = (sum(curves[n].weights * h[end].bits for n, h in hulls.items()) / weights for end in (0, -1))
+    if not least <= rule.bits:
+        raise RecipeError(
+            f"rule {rule.match!r}: {rule.bits:g} bits per weight are less than its options take; possible are "
+            f"{least:.3f} to {most:.3f}"
+        )
+    return dict(zip(curves, allocate(list(curves.values()), rule.bits * weights), strict=True))
+
+
+def _told(spent: Mapping[Rule, Mapping[str, Choice]]) -> dict[str, Any]:
+    rules, matrices = [], {}
+    for rule, choices in spent.items():
+        rules.append({"match": rule.match, "bits": rule.bits, "loss": sum(c.loss for c in choices.values())})
+        for name, c in choices.items():
+            codec = rule.options[c.option].codec
+            assert codec is not None
+            matrices[name] = {"bits": c.bits, "loss": c.loss, "codec": formats.to_config(codec)}
+    return {"rules": rules, "matrices": matrices}
+
+
+def _row(choice: Choice) -> list[Any]:
+    return [choice.bits, choice.loss, choice.option, choice.spread]
+
+
+def _read(writer: Writer) -> dict[str, Curve] | None:
+    """What an earlier part of the run measured."""
+    path = writer.folder / CURVES
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text("utf-8"))
+    return {name: Curve(weights, tuple(Choice(*row) for row in rows)) for name, (weights, rows) in found.items()}
