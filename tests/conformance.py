@@ -45,6 +45,8 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "runlength": [{}, {"scale_bits": None}, {"scale_bits": 3, "lane": 256}, {"scale_bits": 8, "lane": 16384}],
     "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
+    # encodes nothing; test_mixed.py puts it through the checks of stacks
+    "mixed": [],
 }
 
 
@@ -196,17 +198,25 @@ def check_law(codec: Codec, solution: Solution) -> Packed:
 
 def check_stack(codec: Codec, solutions: list[Solution]) -> None:
     """Putting together and cutting need no decoding, and what is cut out has the bytes of what was put in."""
-    parts = [codec.encode(solution) for solution in solutions]
+    check_cuts(codec, [codec.encode(solution) for solution in solutions])
+
+
+def check_cuts(codec: Codec, parts: list[Packed]) -> Packed:
+    """As `check_stack`, of matrices that are encoded; they may be of other codecs where `codec` stacks those."""
     whole = codec.stack(parts)
     codec.check(whole)
+    assert whole.codec == codec
     assert tuple(whole.tensors) == codec.parts
-    assert torch.equal(codec.decode(whole), torch.cat([solution.dense() for solution in solutions]))
+    assert torch.equal(codec.decode(whole), torch.cat([part.codec.decode(part) for part in parts]))
     for number, part in enumerate(parts):
         cut = codec.part(whole, number, len(parts))
+        assert cut.codec == part.codec
         assert cut.shape == part.shape
-        for name in codec.parts:
+        assert tuple(cut.tensors) == part.codec.parts
+        for name in part.codec.parts:
             assert cut.tensors[name].dtype == part.tensors[name].dtype
             assert torch.equal(cut.tensors[name], part.tensors[name]), name
+    return whole
 
 
 def check_lookup(codec: Codec, solution: Solution) -> None:
@@ -257,13 +267,18 @@ def _damaged(packed: Packed, random: torch.Generator) -> Iterator[Packed]:
 
 def check_product(codec: Codec, solutions: list[Solution], tokens: list[int], dtype: torch.dtype) -> None:
     """The error against float64 is at most twice that of torch's matmul in the dtype of x. One matrix per group."""
-    matrices = [solution.dense() for solution in solutions]
+    packed = codec.stack([codec.encode(solution) for solution in solutions])
+    check_product_of(packed, [solution.dense() for solution in solutions], tokens, dtype)
+
+
+def check_product_of(packed: Packed, matrices: list[Tensor], tokens: list[int], dtype: torch.dtype) -> None:
+    """As `check_product`, of a stack and what its matrices decode to."""
+    codec = packed.codec
     out, columns = matrices[0].shape
     random = torch.Generator().manual_seed(1)
     # every second column of a wider tensor: not contiguous
     x = torch.randn(sum(tokens), 2 * columns, generator=random).to(dtype)[:, ::2]
     starts = torch.tensor([0, *tokens]).cumsum(0)
-    packed = codec.stack([codec.encode(solution) for solution in solutions])
     y = codec.product(x, starts, codec.runtime(packed), out)
     assert y.shape == (sum(tokens), out)
     assert y.dtype == dtype

@@ -136,7 +136,7 @@ def test_damaged_configs_are_refused(config: dict):
 
 
 def test_unknown_formats_are_never_imported():
-    with pytest.raises(UnknownName, match="grouped, qmoe, runlength, spqr"):
+    with pytest.raises(UnknownName, match="grouped, mixed, qmoe, runlength, spqr"):
         formats.from_config({"name": "_grouped_product"})
 
 

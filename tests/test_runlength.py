@@ -138,7 +138,7 @@ def test_matrices_with_lanes_of_their_own_are_stacked_and_cut(lane: int):
     assert torch.equal(RunLength().decode(whole), torch.cat([s.dense() for s in solutions]))
     for number, part in enumerate(parts):
         cut = RunLength().part(whole, number, 3)
-        assert all(torch.equal(cut.tensors[name], part.tensors[name]) for name in RunLength.parts)
+        assert all(torch.equal(cut.tensors[name], part.tensors[name]) for name in RunLength().parts)
     with pytest.raises(ValueError, match="has 3 matrices, not 2"):
         RunLength().part(whole, 0, 2)
 

@@ -127,15 +127,7 @@ class Entry:
 
     def check(self, packed: Packed) -> None:
         """Raise FormatError where the codec finds damage, or finds another number of matrices than there are."""
-        self.codec.check(packed)
-        experts = self.shape[0]
-        order = packed.tensors.get(SHAREABLE)
-        try:
-            if order is not None and order.shape[0] not in (0, 1, experts):
-                raise ValueError(f"{order.shape[0]} orders")
-            self.codec.part(packed, 0, experts)
-        except ValueError as e:
-            raise FormatError(f"expected a stack of {experts}: {e}; the file is damaged") from e
+        formats.check_stack(packed, self.shape[0])
 
 
 def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:

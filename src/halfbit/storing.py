@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbit import formats
 from halfbit.claims import Claims
 from halfbit.experts import ExpertStack
 from halfbit.layout import Entry, stored_name
@@ -56,10 +57,10 @@ def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Wri
 
 
 def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
-    """The matrices of all experts of a module, one above another, and their entry in the config."""
+    """The matrices of all experts of a module, of any codecs, one above another, and their entry in the config."""
     entry = {}
     for matrices, projection in zip(packed, stored_names(stack), strict=True):
-        whole = matrices[0].codec.stack(matrices)
+        whole = formats.stack(matrices)
         for part, tensor in whole.tensors.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = Entry.of(whole, stack.num_experts).to_config()

@@ -136,8 +136,11 @@ class Codec(Protocol):
     """How a `Solution` becomes bytes, and how bytes multiply. A frozen dataclass, `eval(repr(c)) == c`."""
 
     name: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
-    """Names of the stored tensors, in a fixed order."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the stored tensors, in a fixed order; without dots."""
+        ...
 
     def encode(self, solution: Solution) -> Packed: ...
 

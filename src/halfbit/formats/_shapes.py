@@ -1,5 +1,6 @@
 """What the codecs say alike about the matrices they are given."""
 
+from halfbit.errors import FormatError
 from halfbit.types import Packed
 
 
@@ -9,3 +10,15 @@ def one_shape(parts: list[Packed]) -> tuple[int, int]:
     if len(shapes) != 1:
         raise ValueError(f"only matrices of one shape can be stacked, got the shapes {shapes}")
     return shapes[0]
+
+
+def check_stack(packed: Packed, count: int) -> None:
+    """Raise FormatError where the codec finds damage, or finds another number of matrices than `count`."""
+    packed.codec.check(packed)
+    order = packed.tensors.get("order")
+    try:
+        if order is not None and order.shape[0] not in (0, 1, count):
+            raise ValueError(f"{order.shape[0]} orders")
+        packed.codec.part(packed, 0, count)
+    except ValueError as e:
+        raise FormatError(f"expected a stack of {count}: {e}; the file is damaged") from e

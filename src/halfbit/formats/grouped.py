@@ -43,7 +43,6 @@ class Grouped:
     symmetric: bool = False
 
     name: ClassVar[str] = "grouped"
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero", "order")
 
     def __post_init__(self) -> None:
         try:
@@ -55,6 +54,10 @@ class Grouped:
     def grid(self) -> Affine:
         """The grid whose solutions this stores."""
         return Affine(bits=self.bits, group=self.group, symmetric=self.symmetric)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("codes", "scale", "zero", "order")
 
     def encode(self, solution: Solution) -> Packed:
         if solution.grid != self.grid:

@@ -40,7 +40,6 @@ class QMoE:
     p0: float = PUBLISHED_P0
 
     name: ClassVar[str] = "qmoe"
-    parts: ClassVar[tuple[str, ...]] = ("codewords", "row_lengths", "levels", "pivots")
 
     def __post_init__(self) -> None:
         check_p0(self.p0)
@@ -48,6 +47,10 @@ class QMoE:
     @property
     def dictionary(self) -> Dictionary:
         return dictionary(self.p0)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("codewords", "row_lengths", "levels", "pivots")
 
     def encode(self, solution: Solution) -> Packed:
         if not isinstance(solution.grid, Ternary):

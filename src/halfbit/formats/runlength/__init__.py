@@ -60,13 +60,16 @@ class RunLength:
     lane: int | None = None
 
     name: ClassVar[str] = "runlength"
-    parts: ClassVar[tuple[str, ...]] = tuple(DTYPES)
 
     def __post_init__(self) -> None:
         if self.scale_bits is not None and not 2 <= self.scale_bits <= 8:
             raise RecipeError(f"RunLength: scale_bits must be 2 to 8, or None, got {self.scale_bits}")
         if self.lane is not None and self.lane not in [1 << k for k in EXPONENTS]:
             raise RecipeError(f"RunLength: lane must be a power of two, 256 to 16384, or None, got {self.lane}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(DTYPES)
 
     def encode(self, solution: Solution) -> Packed:
         grid = Ternary() if self.scale_bits is None else Deadzone(self.scale_bits)

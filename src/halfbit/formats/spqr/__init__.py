@@ -58,17 +58,6 @@ class SpQR:
     rounding: str = "float32"
 
     name: ClassVar[str] = "spqr"
-    parts: ClassVar[tuple[str, ...]] = (
-        "codes",
-        "scales",
-        "zeros",
-        "second",
-        "outlier_counts",
-        "outlier_columns",
-        "outlier_rows",
-        "outlier_values",
-        "order",
-    )
 
     def __post_init__(self) -> None:
         try:
@@ -88,6 +77,20 @@ class SpQR:
         """What the operators are told."""
         half = int(self.rounding == "float16")
         return Form(self.bits, self.group or 0, self.scale_bits, self.zero_bits, self.supergroup, half)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (
+            "codes",
+            "scales",
+            "zeros",
+            "second",
+            "outlier_counts",
+            "outlier_columns",
+            "outlier_rows",
+            "outlier_values",
+            "order",
+        )
 
     def encode(self, solution: Solution) -> Packed:
         if solution.grid != self.grid:
