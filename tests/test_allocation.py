@@ -1,12 +1,24 @@
 """Bits go where they help: the allocator against brute force, the probe's parts, and whole runs by file bytes."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from compressed import SOURCES, add_tokenizer, chosen, decoded, inputs, largest_difference, load, run, text
 
+from halfbit import allocation, recipe
+from halfbit.compress import compress
+from halfbit.errors import CalibrationError, RecipeError
+from halfbit.evaluate import evaluate
+from halfbit.events import Probed, Solved
+from halfbit.folder import inspect
 from halfbit.probe import between
+from halfbit.recipe import Recipe
 from halfbit.solve.allocate import Choice, Curve, allocate, hull
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
 
 def curve(weights: int, *points: tuple[float, float]) -> Curve:
@@ -86,3 +98,142 @@ def test_between_two_spreads_lies_what_lies_between() -> None:
     assert middle.loss == pytest.approx(0.04)
     assert middle.spread == pytest.approx(4.0)
     assert between([Choice(1.0, 0.0, 0, 2.0), Choice(0.4, 0.0, 0, 8.0)])[2:] == []
+
+
+# --- whole runs
+
+TINY = """
+[[rules]]
+match = "*.gate"
+[[rules]]
+match = "*.mlp.experts.*"
+bits = 4.0
+[[rules.options]]
+grid = { name = "bilevel", bits = 2, group = 8, supergroup = 4, fitting = "min-max" }
+codec = { name = "spqr" }
+[[rules.options]]
+grid = { name = "bilevel", bits = 4, group = 8, supergroup = 4, fitting = "min-max" }
+codec = { name = "spqr" }
+[[rules.options]]
+grid = { name = "deadzone" }
+codec = { name = "runlength" }
+[[rules]]
+match = "*.[0-9]*.*"
+bits = 6.0
+[[rules.options]]
+grid = { name = "bilevel", bits = 3, group = 8, supergroup = 4, fitting = "min-max" }
+codec = { name = "spqr" }
+[[rules.options]]
+grid = { name = "bilevel", bits = 8, group = 8, supergroup = 4, fitting = "min-max" }
+codec = { name = "spqr" }
+order = "act_order"
+"""
+MODELS = ["qwen3-moe", "deepseek-v3", "switch", "llama", "opt"]
+
+
+def tiny(bits: float = 4.0) -> str:
+    # of matrices this small the overhead is most; 64 bits are more than any option has
+    return TINY.replace("bits = 4.0", f"bits = {bits}").replace("bits = 6.0", f"bits = {1.5 * bits}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_runs_from_what_was_allocated(name: str, tmp_path: Path) -> None:
+    """Experts, encoder and decoder, layers before, beside and behind experts, biases."""
+    source = add_tokenizer(SOURCES[name](tmp_path / "source"))
+    events = run(source, tmp_path / "out", tiny(12.0))
+    probed = [e for e in events if isinstance(e, Probed)]
+    assert probed[-1].done == probed[-1].matrices
+    told = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    assert len(told["matrices"]) == probed[-1].matrices
+    assert all(m["loss"] >= 0 for m in told["matrices"].values())
+    assert any(m["loss"] > 0 for m in told["matrices"].values())
+    model = load(tmp_path / "out")
+    dense = decoded(source, model)
+    with torch.no_grad():
+        found, expected = (m(**inputs(m), use_cache=False).logits for m in (model, dense))
+    assert largest_difference(found, expected) < 2e-5
+
+
+def test_an_interrupted_run_does_not_measure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = add_tokenizer(SOURCES["qwen3-moe"](tmp_path / "source"))
+    run(source, tmp_path / "whole", tiny(12.0))
+    chosen_ = chosen(tiny(12.0))
+    for event in compress(str(source), tmp_path / "out", chosen_, text(source)):
+        if isinstance(event, Solved):
+            break
+    monkeypatch.setattr(allocation, "Probe", None)
+    for _ in compress(str(source), tmp_path / "out", chosen_, text(source)):
+        pass
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert not (tmp_path / "out" / allocation.CURVES).exists()
+
+
+def test_measured_once_for_many_sizes_but_for_no_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = add_tokenizer(SOURCES["qwen3-moe"](tmp_path / "source"))
+    curves = tmp_path / "curves.json"
+    for _ in compress(str(source), tmp_path / "a", chosen(tiny(12.0)), text(source), curves=curves):
+        pass
+    with pytest.raises(CalibrationError, match="measured on another model, text or set of options"):
+        list(compress(str(source), tmp_path / "b", chosen(tiny(6.0), samples=5), text(source), curves=curves))
+    monkeypatch.setattr(allocation, "Probe", None)
+    for _ in compress(str(source), tmp_path / "c", chosen(tiny(6.0)), text(source), curves=curves):
+        pass
+    sizes = [inspect(tmp_path / name)["bits_per_packed_weight"] for name in "ac"]
+    assert sizes[1] < sizes[0]
+    curves.write_text('{"measured_on": 3}')
+    with pytest.raises(CalibrationError, match="holds no measured curves"):
+        list(compress(str(source), tmp_path / "d", chosen(tiny(6.0)), text(source), curves=curves))
+
+
+def test_too_few_bits_are_answered_with_what_is_possible(tmp_path: Path) -> None:
+    source = add_tokenizer(SOURCES["llama"](tmp_path / "source"))
+    with pytest.raises(RecipeError, match=r"possible are \d+\.\d+ to \d+\.\d+"):
+        run(source, tmp_path / "out", tiny(0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits = 4.0": ""}, "options need bits"),
+        ({'match = "*.mlp.experts.*"': 'match = "*.mlp.experts.*"\ndamping = 0.1'}, "beside them only bits"),
+        ({"bits = 3, group": "bits = 3, group"}, ""),
+        ({'order = "act_order"': "bits = 4.5"}, "its bits are not given"),
+        ({'order = "act_order"': 'solver = "rtn"'}, "is solved by gptq"),
+        ({'order = "act_order"': 'match = "x"'}, "unknown field 'match'"),
+    ],
+)
+def test_what_a_rule_with_options_cannot_say(changes: dict[str, str], message: str) -> None:
+    toml = TINY
+    for before, after in changes.items():
+        assert before in toml
+        toml = toml.replace(before, after)
+    if not message:
+        found = Recipe.from_toml(toml)
+        assert Recipe.from_toml(found.to_toml()) == found
+        return
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_toml(toml)
+
+
+def test_bits_by_file_bytes_and_a_smaller_loss_than_equal_bits(tmp_path: Path) -> None:
+    """A trained model, experts ternary at any rate: half a bit each, or where they help."""
+    options = '[[rules]]\nmatch = "*.experts.*"\nbits = 0.8\n[[rules.options]]\n' + (
+        'grid = { name = "deadzone" }\ncodec = { name = "runlength" }\n'
+    )
+    found = {}
+    for name, how in {"equal": recipe.load("runlength"), "allocated": Recipe.from_toml(options)}.items():
+        how = how.calibrated(samples=16, sequence_length=128)
+        for _ in compress(str(EXAMPLE), tmp_path / name, how, str(EXAMPLE / "calibration.txt")):
+            pass
+        report = inspect(tmp_path / name)
+        assert report["bits_per_packed_weight"] == pytest.approx(0.8, rel=0.01)
+        result = evaluate(
+            str(tmp_path / name),
+            str(EXAMPLE / "test.txt"),
+            against=str(EXAMPLE),
+            sequence_length=128,
+            max_tokens=4096,
+        )
+        found[name] = result.kl_divergence
+    assert found["allocated"] < 0.95 * found["equal"]

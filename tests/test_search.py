@@ -37,7 +37,10 @@ class Fake:
         monkeypatch.setattr(search, "compress", self.compress)
         monkeypatch.setattr(search, "_loss", self.loss)
 
-    def compress(self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str) -> Iterator[Event]:
+    def compress(
+        self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path
+    ) -> Iterator[Event]:
+        assert curves.name == "curves.json"
         assert not (folder / "config.json").exists()
         folder.mkdir(parents=True)
         self.tried.append(how.rules[0].bits)

@@ -1,18 +1,19 @@
 """From a recipe whose rules have options to one rule for every matrix: probe the model once, then spend the bits.
 
-What was measured is kept in the run folder, so a run that goes on, or asks for another size, does not measure again;
+What was measured is kept in a file, so that a run that goes on, or one that wants another size, does not measure again;
 what was decided is told in `allocation.json`, before anything is solved.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfbit import formats
-from halfbit.errors import RecipeError
+from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Event
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
@@ -50,26 +51,32 @@ def settle(
     writer: Writer,
     device: str,
     dtype: torch.dtype,
+    file: Path,
+    identity: str,
 ) -> Iterator[Event | Settled]:
     """The last thing it yields is the `Settled`.
 
     Args:
         family: of its own, since the pass through the original leaves its parts loaded.
+        file: of the curves; read where it is there, else measured and written.
+        identity: what they were measured on: model, text, options.
 
     Raises:
+        CalibrationError: the file was measured on something else.
         RecipeError: bits that the options of a rule cannot give; says which they can.
     """
     chosen: dict[str, Rule] = {}
     if any(rule.options for pair in pairs.values() if pair for rule in pair) or any(
         r.options for _, r in linears.values()
     ):
-        curves = _read(writer)
+        curves = _read(file, identity)
         if curves is None:
             probe = Probe(family, recipe, pairs, linears, samples, device, dtype)
             yield from probe.run()
             curves = probe.curves
-            text = json.dumps({name: [c.weights, [_row(choice) for choice in c.choices]] for name, c in curves.items()})
-            writer.atomically(writer.folder / CURVES, lambda temporary: temporary.write_text(text, "utf-8"))
+            rows = {name: [c.weights, [list(astuple(x)) for x in c.choices]] for name, c in curves.items()}
+            text = json.dumps({"measured_on": identity, "curves": rows})
+            writer.atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
         by_rule = _by_rule(family, pairs, linears)
         spent = {rule: _spend(rule, {name: curves[name] for name in names}) for rule, names in by_rule.items()}
         told = json.dumps(_told(spent), indent=1) + "\n"
@@ -132,14 +139,19 @@ def _told(spent: Mapping[Rule, Mapping[str, Choice]]) -> dict[str, Any]:
     return {"rules": rules, "matrices": matrices}
 
 
-def _row(choice: Choice) -> list[Any]:
-    return [choice.bits, choice.loss, choice.option, choice.spread]
-
-
-def _read(writer: Writer) -> dict[str, Curve] | None:
-    """What an earlier part of the run measured."""
-    path = writer.folder / CURVES
+def _read(path: Path, identity: str) -> dict[str, Curve] | None:
+    """What was measured before. Raises CalibrationError where that was something else, or the file is none of ours."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text("utf-8"))
-    return {name: Curve(weights, tuple(Choice(*row) for row in rows)) for name, (weights, rows) in found.items()}
+    advice = "give another file, or delete this one to measure again"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        measured_on, rows = found["measured_on"], found["curves"]
+        curves = {
+            name: Curve(weights, tuple(Choice(*row) for row in choices)) for name, (weights, choices) in rows.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CalibrationError(f"{path}: holds no measured curves ({type(e).__name__}: {e}); {advice}") from e
+    if measured_on != identity:
+        raise CalibrationError(f"{path}: was measured on another model, text or set of options; {advice}")
+    return curves

@@ -120,6 +120,10 @@ def compress(
     tune: Annotated[
         int | None, typer.Option(min=0, help="Steps of tuning towards the original on the whole text. [recipe]")
     ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Recipes with options: what each matrix costs at each size, read from here or written here."),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +137,8 @@ def compress(
     """
     given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "corruption": corruption}
     chosen = recipes.load(recipe).calibrated(**{k: v for k, v in given.items() if v is not None})
+    if curves is not None and not any(rule.options for rule in chosen.rules):
+        raise RecipeError(f"--curves: recipe {recipe!r} has no rule with options, so nothing is measured; leave it out")
     asked = {"bits": bits, "size": size, "max-loss": max_loss, "outliers": outliers, "tau": tau}
     budgets = {k: v for k, v in asked.items() if v is not None}
     if len(budgets) > 1:
@@ -151,7 +157,7 @@ def compress(
     if max_loss is not None:
         show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device)))
     else:
-        show_progress(run_compress(model, folder, chosen, calibration, device=_device(device)))
+        show_progress(run_compress(model, folder, chosen, calibration, device=_device(device), curves=curves))
     _tell(folder, as_json)
 
 

@@ -20,6 +20,7 @@ committed blocks are read back instead of solved.
 import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def compress(
     *,
     device: str = "cpu",
     revision: str | None = None,
+    curves: str | Path | None = None,
 ) -> Iterator[Event]:
     """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
@@ -68,12 +70,13 @@ def compress(
         folder: new or empty folder, or one that holds an interrupted run of the same arguments.
         calibration: text file, .jsonl file or data set name; not needed when every rule rounds to nearest.
         device: "cpu" or "cuda".
+        curves: file of what was measured for rules with options, to be shared by several runs; None: of this run alone.
 
     Yields:
         events, the last of them `Finished`.
     """
     if recipe.tuning.steps == 0:
-        yield from _compress(source, folder, recipe, calibration, device=device, revision=revision)
+        yield from _compress(source, folder, recipe, calibration, device=device, revision=revision, curves=curves)
         return
     reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
     family = open_family(reader)
@@ -83,7 +86,7 @@ def compress(
     held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
     writer = _writer(folder, reader, recipe, documents, samples, device)
     if not writer.complete:
-        steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision)
+        steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision, curves=curves)
         yield from (event for event in steps if not isinstance(event, Finished))
         yield from tune(reader, untuned, writer, samples, recipe.tuning, device=device)
     shutil.rmtree(untuned, ignore_errors=True)
@@ -98,6 +101,7 @@ def _compress(
     *,
     device: str,
     revision: str | None,
+    curves: str | Path | None,
 ) -> Iterator[Event]:
     """As `compress`, without tuning."""
     reader = Reader(source, revision)
@@ -125,7 +129,12 @@ def _compress(
         yield Finished(writer.folder)
         return
     rules: dict[str, tuple[list[Rule], list[Rule]] | None] = {}
-    for event in settle(open_family(reader), recipe, pairs, linears, samples, writer, device, dtype):
+    measured = writer.folder / CURVES if curves is None else Path(curves)
+    # whatever bits are asked for
+    anyhow = replace(recipe, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
+    identity = _fingerprint(reader, anyhow, [], samples, device)
+    steps = settle(open_family(reader), recipe, pairs, linears, samples, writer, device, dtype, measured, identity)
+    for event in steps:
         if isinstance(event, Settled):
             rules, linears = event.experts, event.linears
         else:

@@ -27,6 +27,7 @@ from halfbit.expert_groups import Group, Training, as_it_is, batches, hessians, 
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow
+from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import Deadzone
 from halfbit.linear_groups import Chosen
 from halfbit.nn import stored_names
@@ -234,12 +235,19 @@ class Probe:
             trials[name].run(one)
 
     def _solved(self, rule: Rule, w: Tensor, h: Tensor, names: list[str]) -> Iterator[tuple[list[Choice], Tensor]]:
-        """Each option at each size: one choice per matrix, its loss not known yet, and the decoded matrices."""
+        """Each option at each size: one choice per matrix, its loss not known yet, and the decoded matrices.
+
+        Statistics of small groups are found the quick way, which costs SpQR some of its advantage here.
+        """
         for number, option in enumerate(rule.options):
             grid = option.grid
-            for spread in SPREADS if isinstance(grid, Deadzone) else (None,):
+            tries: list[tuple[float | None, Rule]] = [(None, option)]
+            if isinstance(grid, Deadzone):
                 # at the rate that the spread gives
-                tried = replace(option, grid=replace(grid, spread=spread)) if isinstance(grid, Deadzone) else option
+                tries = [(spread, replace(option, grid=replace(grid, spread=spread))) for spread in SPREADS]
+            elif isinstance(grid, Bilevel):
+                tries = [(None, replace(option, grid=replace(grid, fitting="min-max")))]
+            for spread, tried in tries:
                 # notices are for the real run
                 found = solve(w, h, [tried] * len(names), self._recipe.solving, names, [])
                 assert option.codec is not None

@@ -54,7 +54,8 @@ def compress_to_loss(
     bits = high
     while best is None or high / low > FINE:
         trial = folder / TRIALS / f"{bits:.4f}"
-        for event in compress(source, trial, recipe.budgeted("bits", bits, account.free), calibration, device=device):
+        how = recipe.budgeted("bits", bits, account.free)
+        for event in compress(source, trial, how, calibration, device=device, curves=folder / TRIALS / "curves.json"):
             if not isinstance(event, Finished):
                 yield event
         loss = _loss(str(trial), held, device)
