@@ -1,24 +1,28 @@
 """Tuning: the divergence, what learns, that it is stored as it was learned, and that a killed run loses nothing."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from compressed import add_tokenizer, inputs, load, text
+from compressed import EVERYTHING, add_tokenizer, decoded, inputs, load, text
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halfbit import recipe
+from halfbit import formats, recipe
 from halfbit import tune as tuning_module
 from halfbit.compress import UNTUNED, compress
 from halfbit.errors import RecipeError
 from halfbit.events import Event, Noticed, Tuned
 from halfbit.families import open_family
 from halfbit.folder import Problem, verify
+from halfbit.formats.grouped import Grouped
 from halfbit.formats.qmoe import QMoE
 from halfbit.formats.runlength import RunLength
+from halfbit.formats.spqr import SpQR
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.reader import Reader
@@ -26,8 +30,10 @@ from halfbit.recipe import Recipe
 from halfbit.samples import causal_samples, with_noise
 from halfbit.solve.rtn import rtn
 from halfbit.teacher import K, ask, divergence
-from halfbit.tunable import TunableMatrix
-from halfbit.types import Codec, Packed
+from halfbit.tunable import TunableMatrix, TunableStack
+from halfbit.tune import Student
+from halfbit.types import Codec, Grid, Packed
+from halfbit.writer import Writer
 
 SAMPLES, LENGTH = 24, 12
 
@@ -153,8 +159,9 @@ def test_gradients_are_those_of_the_weights_and_of_the_scales() -> None:
     stack, w = packed(RunLength())
     x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     starts = torch.tensor([0, 2, 2, 6])
-    matrix = TunableMatrix(stack, 3, w)
-    y = matrix(x, starts)
+    opened = TunableStack(stack, 3, w)
+    (matrix,) = opened.tunable
+    y = opened(x, starts)
     (y * torch.arange(60.0).view(6, 10)).sum().backward()
     upstream = torch.arange(60.0).view(6, 10)
     assert matrix.latent is not None
@@ -183,7 +190,93 @@ def test_the_number_of_non_zeros_stays() -> None:
     assert (matrix.current().ne(0).sum((1, 2)) - before).abs().max() <= 1
 
 
+def expert_stack(name: str) -> Packed:
+    """Six experts, some of which are ternary, or none."""
+    w = torch.randn(6, 10, 40, generator=torch.Generator().manual_seed(4))
+    of = {"spqr": "ssssss", "grouped": "gggggg", "mixed": "rsrgsr", "two ternary": "rqrqsq"}[name]
+    kinds: dict[str, tuple[Codec, Grid]] = {
+        "s": (SpQR(group=8), SpQR(group=8).grid),
+        "g": (Grouped(bits=3), Grouped(bits=3).grid),
+        "r": (RunLength(), Deadzone(5, spread=2.4)),
+        "q": (QMoE(), Ternary()),
+    }
+    return formats.stack(
+        [kinds[k][0].encode(rtn(w[e : e + 1], None, kinds[k][1], names=[k])[0]) for e, k in enumerate(of)]
+    )
+
+
+@pytest.mark.parametrize("name", ["spqr", "grouped", "mixed", "two ternary"])
+def test_the_gradient_goes_through_matrices_of_any_format(name: str) -> None:
+    whole = expert_stack(name)
+    dense = whole.codec.decode(whole).view(6, 10, 40)
+    opened = TunableStack(whole, 6)
+    starts = torch.tensor([0, 2, 3, 3, 5, 9, 10])
+    x = torch.randn(10, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = opened(x, starts)
+    upstream = torch.randn(10, 10, generator=torch.Generator().manual_seed(2))
+    y.backward(upstream)
+    assert x.grad is not None
+    for e, (first, last) in enumerate(pairwise(starts.tolist())):
+        assert torch.allclose(y[first:last], x[first:last] @ dense[e].T, atol=1e-5)
+        assert torch.allclose(x.grad[first:last], upstream[first:last] @ dense[e], atol=1e-5)
+    assert opened(x[:0], torch.zeros(7, dtype=torch.int64)).shape == (0, 10)
+    # what is ternary learns, and nothing else
+    ternary = {"spqr": 0, "grouped": 0, "mixed": 3, "two ternary": 5}[name]
+    assert opened.constant == 6 - ternary
+    assert sum(p.shape[0] for n, p in opened.named_parameters() if n.endswith(".high")) == ternary
+    for matrix in opened.tunable:
+        assert matrix.high.grad is not None
+        assert matrix.high.grad.any()
+
+
+def test_ternary_matrices_of_a_mixed_stack_learn_as_they_do_alone() -> None:
+    whole = expert_stack("mixed")
+    ternary = [0, 2, 5]
+    original = torch.randn(6, 10, 40, generator=torch.Generator().manual_seed(4))
+    parts = [whole.codec.part(whole, e, 6) for e in range(6)]
+    alone = TunableStack(RunLength().stack([parts[e] for e in ternary]), 3, original[ternary])
+    opened = TunableStack(whole, 6, original)
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    opened(x, torch.arange(7)).square().sum().backward()
+    alone(x[ternary], torch.arange(4)).square().sum().backward()
+    ((ours,), (theirs,)) = opened.tunable, alone.tunable
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+        gradient, expected = ours.get_parameter(name).grad, parameter.grad
+        assert gradient is not None
+        assert expected is not None
+        assert torch.allclose(gradient, expected)
+    # and are stored in their places; of the others no bit changes
+    with torch.no_grad():
+        ours.high.mul_(1.5)
+    stored = opened.packed()
+    assert [p.codec for p in stored] == [p.codec for p in parts]
+    for e, (before, after) in enumerate(zip(parts, stored, strict=True)):
+        same = all(torch.equal(before.tensors[k], after.tensors[k]) for k in before.tensors)
+        assert same == (e not in ternary)
+    expected = RunLength().decode(parts[5]) * 1.5
+    assert torch.allclose(RunLength().decode(stored[5]), expected, rtol=0.05)
+
+
 # --- the whole
+
+
+def test_what_lies_before_experts_of_other_formats_learns(tmp_path: Path) -> None:
+    """The gradient of the first norm is that of the model of decoded weights."""
+    model = source(tmp_path)
+    run(model, tmp_path / "out", Recipe.from_toml(EVERYTHING["spqr"]).calibrated(samples=6, sequence_length=LENGTH))
+    student = Student(Reader(str(model)), tmp_path / "out", chosen().tuning, "cpu")
+    assert "experts are not ternary; they stay as they are" in "\n".join(student.notices)
+    oracle = decoded(model, load(tmp_path / "out"))
+    name = "model.layers.0.input_layernorm.weight"
+    oracle.get_parameter(name).requires_grad_(True)
+    given = inputs(oracle)
+    for m in (student.model, oracle):
+        m(**given, use_cache=False).logits.square().mean().backward()
+    found, expected = student.learned[name].grad, oracle.get_parameter(name).grad
+    assert found is not None
+    assert expected.abs().max() > 0
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("name", "how"), [("qwen3-moe", "runlength"), ("qwen3-moe", "qmoe")])
@@ -252,6 +345,26 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: py
     assert [e.step for e in events if isinstance(e, Tuned)] == list(range(7, 13))
     assert same(tmp_path / "whole", tmp_path / "out")
     assert run(model, tmp_path / "out", chosen())[0].__class__.__name__ == "Finished"
+
+
+def test_what_no_token_reaches_stays_and_is_saved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that is alone in its format."""
+    model = source(tmp_path)
+    run(model, tmp_path / "plain", chosen(steps=0))
+    student = Student(Reader(str(model)), tmp_path / "plain", chosen(codes=False).tuning, "cpu")
+    reached, unreached = list(student.learned)[:2]
+    student.learned = {name: student.learned[name] for name in (reached, unreached)}
+    before = student.learned[unreached].detach().clone()
+    monkeypatch.setattr(tuning_module, "_loss", lambda *_: student.learned[reached].square().sum())
+    monkeypatch.setattr(tuning_module, "SAVE_EVERY", 0.0)
+    samples = causal_samples(torch.zeros(8, LENGTH, dtype=torch.int64), [])
+    writer = Writer(tmp_path / "out", "this", {})
+    teacher: Any = None
+    assert len(list(tuning_module._learn(student, samples, teacher, chosen().tuning, writer, "cpu"))) == 12
+    assert torch.equal(student.learned[unreached], before)
+    saved = load_file(tmp_path / "out" / tuning_module.STATE)
+    assert not saved[f"{unreached}#m"].any()
+    assert saved[f"{reached}#m"].any()
 
 
 def test_too_little_text_to_hold_some_back(tmp_path: Path) -> None:

@@ -3,24 +3,29 @@
 A ternary matrix is codes times the scales of its rows. With the codes as they are, its scales have a gradient like any
 weight. To let codes change, each weight has a latent value that is rounded anew in every step and takes the gradient of
 the rounded one (straight-through; Bengio et al. 2013, https://arxiv.org/abs/1308.3432); the threshold follows the
-latent values, so that a matrix keeps its number of non-zeros, and with it its size.
+latent values, so that a matrix keeps its number of non-zeros, and with it its size. Matrices of other formats are
+constants, decoded: what lies before them learns through them.
 """
 
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from halfbit import formats
 from halfbit.errors import Unsupported
+from halfbit.formats.mixed import Mixed
 from halfbit.formats.qmoe import QMoE
 from halfbit.formats.runlength import RunLength
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.nn import PackedExperts, PackedLinear
 from halfbit.types import Codec, Packed, Solution
+
+T = TypeVar("T")
 
 
 class _Ternarized(torch.autograd.Function):
@@ -44,6 +49,10 @@ def _ternarized(latent: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
 
 def _two_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (codes > 0) * high + (codes < 0) * low
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _signs(values: Tensor, threshold: Tensor | float) -> Tensor:
@@ -123,13 +132,6 @@ class TunableMatrix(nn.Module):
         low = [-h for h in high] if self.low is None else self.low.unbind(0)
         return [partial(_two_levels, *part) for part in zip(self.get_buffer("codes"), low, high, strict=True)]
 
-    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
-        """Grouped product, see `Codec.product`."""
-        weights = self.weights()
-        bounds = enumerate(pairwise(starts.tolist()))
-        parts = [x[first:last] @ weights[e]().T for e, (first, last) in bounds if last > first]
-        return torch.cat(parts) if parts else x.new_empty(0, self.high.shape[1])
-
     @torch.no_grad()
     def packed(self) -> list[Packed]:
         """The matrices as the codec stores them, scales and levels rounded to what is stored."""
@@ -149,8 +151,89 @@ class TunableMatrix(nn.Module):
         return found
 
 
+class ConstantMatrix(nn.Module):
+    """A stack of matrices `[experts, out, in]` of any codec, decoded to float32; nothing learns.
+
+    Args:
+        packed: the tall matrix.
+        experts: how many matrices it holds.
+    """
+
+    dense: Tensor
+
+    def __init__(self, packed: Packed, experts: int):
+        super().__init__()
+        self._parts = [packed.codec.part(packed, e, experts) for e in range(experts)]
+        dense = packed.codec.decode(packed).view(experts, packed.shape[0] // experts, packed.shape[1])
+        self.register_buffer("dense", dense)
+
+    def weights(self) -> list[Callable[[], Tensor]]:
+        """See `TunableMatrix.weights`."""
+        return [partial(_as_it_is, w) for w in self.dense]
+
+    def packed(self) -> list[Packed]:
+        """The matrices as they were given."""
+        return self._parts
+
+
+class TunableStack(nn.Module):
+    """The matrices of a projection, `[experts, out, in]`: the ternary ones learn, the others hand the gradient on.
+
+    Attributes:
+        codec: of the whole.
+        members: matrices of one codec each, `TunableMatrix` or `ConstantMatrix`.
+
+    Args:
+        packed, experts, original: see `TunableMatrix`.
+    """
+
+    def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
+        super().__init__()
+        self.codec: Codec = packed.codec
+        self._out = packed.shape[0] // experts
+        self.members = nn.ModuleList()
+        # of each expert, which member it is in, and where there
+        self._places: dict[int, tuple[int, int]] = {}
+        for n, (numbers, stack) in enumerate(formats.by_codec(packed, experts)):
+            self._places |= {e: (n, place) for place, e in enumerate(numbers)}
+            if is_tunable(stack.codec):
+                own = original if original is None or len(numbers) == experts else original[numbers]
+                self.members.append(TunableMatrix(stack, len(numbers), own))
+            else:
+                self.members.append(ConstantMatrix(stack, len(numbers)))
+
+    @property
+    def tunable(self) -> list[TunableMatrix]:
+        """The members that learn."""
+        return [m for m in self.members if isinstance(m, TunableMatrix)]
+
+    @property
+    def constant(self) -> int:
+        """How many matrices do not learn."""
+        return sum(m.dense.shape[0] for m in self.members if isinstance(m, ConstantMatrix))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Grouped product, see `Codec.product`; differentiable."""
+        weights = self._in_order([m.weights() for m in self._members()])
+        bounds = enumerate(pairwise(starts.tolist()))
+        parts = [x[first:last] @ weights[e]().T for e, (first, last) in bounds if last > first]
+        return torch.cat(parts) if parts else x.new_empty(0, self._out)
+
+    def packed(self) -> list[Packed]:
+        """The matrices as they are stored; what learned is rounded to that."""
+        return self._in_order([m.packed() for m in self._members()])
+
+    def _members(self) -> list[TunableMatrix | ConstantMatrix]:
+        return [m for m in self.members if isinstance(m, TunableMatrix | ConstantMatrix)]
+
+    def _in_order(self, of_members: list[list[T]]) -> list[T]:
+        places = (self._places[e] for e in range(len(self._places)))
+        return [of_members[member][place] for member, place in places]
+
+
 def is_tunable(codec: Codec) -> bool:
-    return isinstance(codec, RunLength | QMoE)
+    """Whether a stack of this codec has ternary matrices."""
+    return isinstance(codec, RunLength | QMoE) or (isinstance(codec, Mixed) and any(map(is_tunable, codec.codecs)))
 
 
 def grid_of(codec: Codec) -> Deadzone | Ternary:
@@ -163,7 +246,7 @@ def grid_of(codec: Codec) -> Deadzone | Ternary:
 class TunableExperts(nn.Module):
     """Takes the place of `PackedExperts` while it is tuned; same call, differentiable."""
 
-    def __init__(self, packed: PackedExperts, up: TunableMatrix, down: TunableMatrix):
+    def __init__(self, packed: PackedExperts, up: TunableStack, down: TunableStack):
         super().__init__()
         self.experts, self.up, self.down = packed, up, down
 

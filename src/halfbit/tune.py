@@ -34,7 +34,7 @@ from halfbit.reader import Reader
 from halfbit.recipe import ROUTERS, Tuning
 from halfbit.samples import Sample, with_noise
 from halfbit.teacher import ask, divergence
-from halfbit.tunable import TunableExperts, TunableMatrix, frozen, is_tunable
+from halfbit.tunable import TunableExperts, TunableMatrix, TunableStack, frozen, is_tunable
 from halfbit.types import Packed
 from halfbit.writer import INDEX, Writer, read_manifest
 
@@ -149,7 +149,8 @@ class Student:
         self.notices: list[str] = []
         self.model = load(str(compressed), dtype=torch.float32, device=device)
         self.model.requires_grad_(False)
-        self.matrices: dict[tuple[str, str], TunableMatrix] = {}
+        self._device = device
+        self.matrices: dict[tuple[str, str], TunableStack] = {}
         self._plain: dict[str, nn.Parameter] = {}
         family = open_family(reader)
         for path, module in list(self.model.named_modules()):
@@ -168,20 +169,29 @@ class Student:
     def _open(self, path: str, module: PackedExperts, family: Family, tuning: Tuning, device: str) -> None:
         names = stored_names(module.stack)
         found = [module.matrix(name) for name in names]
-        if not all(is_tunable(matrix.codec) for matrix in found):
-            self.notices.append(f"{path}: {found[0].codec!r} is not ternary; its experts stay as they are")
-            return
         original: list[Tensor | None] = [None, None]
-        if tuning.codes:
+        if tuning.codes and any(is_tunable(matrix.codec) for matrix in found):
             group = Group.read(family, family.experts[path], range(module.stack.num_experts), device)
             original = [group.up, group.down]
-        tunable = [
-            TunableMatrix(matrix.packed(), matrix.shape[0], weights).to(device)
+        stacks = [
+            TunableStack(matrix.packed(), matrix.shape[0], weights).to(device)
             for matrix, weights in zip(found, original, strict=True)
         ]
-        for name, matrix in zip(names, tunable, strict=True):
-            self.matrices[path, name] = matrix
-        self.model.set_submodule(path, TunableExperts(module, *tunable))
+        for name, stack in zip(names, stacks, strict=True):
+            if stack.constant:
+                count = f"{stack.constant} of {module.stack.num_experts}"
+                self.notices.append(f"{path}.{name}: {count} experts are not ternary; they stay as they are")
+            if stack.tunable:
+                self.matrices[path, name] = stack
+        self.model.set_submodule(path, TunableExperts(module, *stacks))
+
+    @property
+    def with_codes(self) -> dict[str, TunableMatrix]:
+        """By name, the matrices whose codes may change."""
+        members = {
+            f"{path}.{name}.{n}": m for (path, name), s in self.matrices.items() for n, m in enumerate(s.tunable)
+        }
+        return {name: m for name, m in members.items() if m.latent is not None}
 
     def _choose(self, compressed: Path, tuning: Tuning) -> None:
         """Weights that are stored under their own name: norms, biases, routers; linear layers where `dense` says so."""
@@ -200,15 +210,14 @@ class Student:
         """Everything as it will be stored; the model computes with that from here on."""
         packed = {key: matrix.packed() for key, matrix in self.matrices.items()}
         for key, parts in packed.items():
-            whole = parts[0].codec.stack(parts)
-            path = key[0]
-            again = TunableMatrix(whole, len(parts))
-            tunable = self.model.get_submodule(path)
+            old = self.matrices[key]
+            again = TunableStack(old.codec.stack(parts), len(parts)).to(self._device)
+            tunable = self.model.get_submodule(key[0])
             assert isinstance(tunable, TunableExperts)
-            if tunable.up is self.matrices[key]:
-                tunable.up = again.to(self.matrices[key].high.device)
+            if tunable.up is old:
+                tunable.up = again
             else:
-                tunable.down = again.to(self.matrices[key].high.device)
+                tunable.down = again
         plain = {}
         for name, parameter in self._plain.items():
             plain[name] = parameter.detach().to(getattr(torch, self._dtypes[name]))
@@ -234,9 +243,13 @@ def _learn(
         adam.zero_grad(set_to_none=True)
         loss = _loss(student.model, samples, batches[step], teacher, device)
         loss.backward()
+        for parameter in parameters:
+            # an expert alone in its format may have no tokens in a step
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         adam.step()
         if (step + 1) % DENSITY_EVERY == 0 or step + 1 == tuning.steps:
-            for matrix in student.matrices.values():
+            for matrix in student.with_codes.values():
                 matrix.keep_density()
         yield Tuned(step + 1, tuning.steps, loss.detach().item())
         if time.monotonic() - saved > SAVE_EVERY:
@@ -281,9 +294,8 @@ def _save(writer: Writer, names: list[str], student: Student, adam: torch.optim.
         parameter = student.learned[name]
         moments = adam.state[parameter]
         tensors |= {name: parameter.detach(), f"{name}#m": moments["exp_avg"], f"{name}#v": moments["exp_avg_sq"]}
-    for (where, name), matrix in student.matrices.items():
-        if matrix.latent is not None:
-            tensors[f"{where}.{name}#factor"] = matrix.factor
+    for name, matrix in student.with_codes.items():
+        tensors[f"{name}#factor"] = matrix.factor
     whole = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     writer.atomically(
         writer.folder / STATE, lambda temporary: save_file(whole, temporary, metadata={"step": str(step)})
@@ -304,9 +316,8 @@ def _resume(path: Path, names: list[str], student: Student, adam: torch.optim.Ad
                 "exp_avg": file.get_tensor(f"{name}#m").to(parameter.device),
                 "exp_avg_sq": file.get_tensor(f"{name}#v").to(parameter.device),
             }
-        for (where, name), matrix in student.matrices.items():
-            if matrix.latent is not None:
-                matrix.factor.copy_(file.get_tensor(f"{where}.{name}#factor"))
+        for name, matrix in student.with_codes.items():
+            matrix.factor.copy_(file.get_tensor(f"{name}#factor"))
     return step
 
 
@@ -319,7 +330,11 @@ def _write(
     """Every block of the compressed folder, with what was learned in the places of what was there."""
     manifest = read_manifest(compressed)
     begun = Writer(compressed, manifest["fingerprint"], manifest["about"])
-    wholes = {key: parts[0].codec.stack(parts) for key, parts in packed.items()}
+    wholes = {}
+    for (path, name), parts in packed.items():
+        # of the codec that is there, so that the tensors keep their names
+        codec = Entry.parse(begun.manifest["packed"][path][name], f"{path}.{name}").codec
+        wholes[path, name] = codec.stack(parts)
     replaced = dict(plain)
     for (path, name), whole in wholes.items():
         replaced |= {stored_name(path, name, part): t for part, t in whole.tensors.items()}

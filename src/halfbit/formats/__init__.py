@@ -9,10 +9,10 @@ from typing import Any
 from halfbit import config as configuration
 from halfbit import registry
 from halfbit.formats._shapes import check_stack
-from halfbit.formats.mixed import Mixed, separate
+from halfbit.formats.mixed import Mixed, by_codec, separate
 from halfbit.types import Codec, Packed
 
-__all__ = ["check_stack", "from_config", "stack", "to_config"]
+__all__ = ["by_codec", "check_stack", "from_config", "stack", "to_config"]
 
 
 def to_config(codec: Codec) -> dict[str, Any]:

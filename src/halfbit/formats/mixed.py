@@ -53,7 +53,7 @@ class Mixed:
         raise Unsupported("mixed: holds matrices that are encoded; encode each with its own codec and stack them")
 
     def decode(self, packed: Packed) -> Tensor:
-        members = self._members(packed)
+        members = self.members(packed)
         which = packed.tensors["which"]
         rows, columns = packed.shape[0] // len(which), packed.shape[1]
         dense = torch.empty(len(which), rows, columns, dtype=torch.float32, device=which.device)
@@ -64,7 +64,7 @@ class Mixed:
         return dense.view(packed.shape)
 
     def check(self, packed: Packed) -> None:
-        for n, member in enumerate(self._members(packed)):
+        for n, member in enumerate(self.members(packed)):
             with _naming(n):
                 check_stack(member, int((packed.tensors["which"] == n).sum()))
 
@@ -85,7 +85,7 @@ class Mixed:
 
     def part(self, packed: Packed, number: int, count: int) -> Packed:
         """See `Codec.part`; the matrix is of its own codec, as it was given to `stack`."""
-        members = self._members(packed)
+        members = self.members(packed)
         which = packed.tensors["which"].tolist()
         if len(which) != count:
             raise ValueError(f"mixed: the stack has {len(which)} matrices, not {count}")
@@ -97,7 +97,7 @@ class Mixed:
         """[plan, operands of codec 0, operands of codec 1, ...]; plan int64 [codecs + matrices]: how many operands each
         codec has, then the codec of each matrix."""
         operands = []
-        for n, member in enumerate(self._members(packed)):
+        for n, member in enumerate(self.members(packed)):
             with _naming(n):
                 operands.append(member.codec.runtime(member))
         which = packed.tensors["which"].to(torch.int64)
@@ -138,8 +138,8 @@ class Mixed:
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
         raise Unsupported("mixed: single rows are not looked up; store an embedding in 'grouped' or 'spqr'")
 
-    def _members(self, packed: Packed) -> list[Packed]:
-        """The stack of each codec. Raises FormatError where `which` and the other tensors cannot say that."""
+    def members(self, packed: Packed) -> list[Packed]:
+        """The stack of each codec, without decoding. Raises FormatError where the tensors cannot be that."""
         t = packed.tensors
         if set(t) != set(self.parts):
             raise FormatError(f"mixed: expected the tensors {', '.join(self.parts)}, got {', '.join(t)}")
@@ -170,6 +170,15 @@ def separate(parts: list[Packed]) -> list[Packed]:
         else:
             found.append(packed)
     return found
+
+
+def by_codec(packed: Packed, count: int) -> list[tuple[list[int], Packed]]:
+    """For each codec of a stack of `count`, which of its matrices are in it, and these as a stack of that codec."""
+    if not isinstance(packed.codec, Mixed):
+        return [(list(range(count)), packed)]
+    which = packed.tensors["which"].tolist()
+    members = enumerate(packed.codec.members(packed))
+    return [([number for number, own in enumerate(which) if own == n], member) for n, member in members]
 
 
 @contextmanager
