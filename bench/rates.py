@@ -3,12 +3,15 @@
 Each point is a run of its own through the command line; bits are counted from the files. Two texts are looked at, one
 like the calibration text and one of another domain: a gain on the first alone is none.
 
-    python bench/rates.py MODEL --calibration TEXT --test TEXT --test OTHER [--bits 0.67 1.0] [--tune 0 200] [--rivals]
+    python bench/rates.py MODEL --calibration TEXT --test TEXT --test OTHER [--recipe halfbit runlength] [--bits 0.67 1.0]
+        [--tune 0 480] [--curves FILE]
+    python bench/rates.py MODEL --calibration TEXT --test TEXT --recipe qmoe rtn-ternary gptq-2-g128 --bits 0
     python bench/rates.py --plot docs/rates.png
 """
 
 import argparse
 import csv
+import itertools
 import json
 import re
 import subprocess
@@ -23,8 +26,7 @@ import torch
 
 from halfbit import recipe
 
-RIVALS = ["qmoe", "rtn-ternary", "qmoe-2bit", "gptq-2-g128", "gptq-3-g128"]
-# of the experts alone, as everything here
+RATES = [0.4, 0.5, 0.67, 0.8, 1.0, 1.2, 1.48, 2.0, 2.5, 3.0]
 ROW = re.compile(r"(?P<text>\S+): perplexity (?P<perplexity>[\d.]+) .*?KL (?P<kl>[\d.]+)")
 
 
@@ -67,9 +69,11 @@ def point(options: argparse.Namespace, name: str, extra: list[object]) -> None:
 
 
 def on_experts(name: str) -> recipe.Recipe:
-    """A recipe whose rules reach nothing but experts."""
+    """A recipe whose rules reach nothing but experts; what is a rule for them in it, or else for everything."""
     found = recipe.load(name)
-    return replace(found, rules=tuple(replace(r, match="*.experts.*") for r in found.rules if r.codec is not None))
+    packing = [rule for rule in found.rules if rule.packs]
+    chosen = next((rule for rule in packing if "experts" in rule.match), packing[-1])
+    return replace(found, rules=(replace(chosen, match="*.experts.*"),))
 
 
 def plot(path: Path) -> None:
@@ -105,9 +109,10 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--calibration")
     parser.add_argument("--test", action="append", default=[])
-    parser.add_argument("--bits", type=float, nargs="*", default=[0.4, 0.5, 0.67, 0.8, 1.0, 1.2, 1.35, 1.48])
+    parser.add_argument("--recipe", nargs="*", default=["halfbit"], help="of which the rule for experts is taken")
+    parser.add_argument("--bits", type=float, nargs="*", default=RATES, help="0: the recipe's own")
     parser.add_argument("--tune", type=int, nargs="*", default=[0], help="steps of tuning")
-    parser.add_argument("--rivals", action="store_true", help=f"{', '.join(RIVALS)} too")
+    parser.add_argument("--curves", type=Path, help="what the probe measured, kept for the next rate")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=40_960)
@@ -118,15 +123,17 @@ def main() -> None:
     if options.plot:
         plot(options.plot)
         return
-    for steps in options.tune:
-        for bits in options.bits:
-            extra: list[object] = ["--recipe", "runlength", "--bits", bits, "--tune", steps]
-            point(options, f"runlength {bits:g} bits" + (f", {steps} steps of tuning" if steps else ""), extra)
-    for name in RIVALS if options.rivals else []:
+    for name, steps, bits in itertools.product(options.recipe, options.tune, options.bits):
+        chosen = on_experts(name)
         with tempfile.TemporaryDirectory() as root:
             file = Path(root) / "recipe.toml"
-            file.write_text(on_experts(name).to_toml())
-            point(options, name, ["--recipe", file])
+            file.write_text(chosen.to_toml())
+            extra: list[object] = ["--recipe", file, "--tune", steps]
+            extra += ["--bits", bits] if bits else []
+            if options.curves and any(rule.options for rule in chosen.rules):
+                extra += ["--curves", options.curves]
+            what = name + (f" {bits:g} bits" if bits else "") + (f", {steps} steps of tuning" if steps else "")
+            point(options, what, extra)
 
 
 if __name__ == "__main__":
