@@ -3,8 +3,8 @@
 Each point is a run of its own through the command line; bits are counted from the files. Two texts are looked at, one
 like the calibration text and one of another domain: a gain on the first alone is none.
 
-    python bench/rates.py MODEL --calibration TEXT --test TEXT --test OTHER [--recipe halfbit runlength] [--bits 0.67 1.0]
-        [--tune 0 480] [--curves FILE]
+    python bench/rates.py MODEL --calibration TEXT --test TEXT --test OTHER --recipe halfbit --curves FILE
+    python bench/rates.py MODEL --calibration TEXT --test TEXT --bits 0.67 1.48 --tune 480
     python bench/rates.py MODEL --calibration TEXT --test TEXT --recipe qmoe rtn-ternary gptq-2-g128 --bits 0
     python bench/rates.py --plot docs/rates.png
 """
