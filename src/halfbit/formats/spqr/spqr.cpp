@@ -131,8 +131,8 @@ struct Matrix {
     }
 };
 
-// Tiles and columns that are decoded before they meet all tokens, where there are many: 128 KiB.
-constexpr int64_t many_tiles = 8, many_columns = 256;
+// Columns that are decoded before they meet all tokens, where there are many.
+constexpr int64_t many_columns = 128;
 
 using Many = void (*)(const Matrix &, int64_t tile, const float *x, float *y);
 
@@ -152,11 +152,11 @@ struct Kernels {
     bool (*to_digits)(const float *x, int64_t width, int64_t segment, int32_t center, const Digits &to);
     void (*digits)(const Matrix &, int64_t tile, const float *x, const Digits &, const float *sums, float *y);
     std::vector<std::pair<int64_t, Many>> many;
-    // Tiles `first` to `last` with panels of at most `most_tokens` tokens: x [panels, width, tokens], w
-    // [many_tiles, many_columns, 16], y [panels, tokens, many_tiles, 16]; null: not made for these instructions.
-    int64_t most_tokens;
-    void (*rows)(const Matrix &, int64_t first, int64_t last, const float *x, int64_t panels, int64_t tokens, float *w,
-                 float *y);
+    // Tiles `first` to `last`, `abreast` at a time, with panels of at most `most_tokens` tokens:
+    // x [width / many_columns, panels, many_columns, tokens], y [tiles / abreast, panels, tokens, abreast, 16], to which it
+    // adds; null: not made for these instructions.
+    int64_t most_tokens, abreast;
+    void (*rows)(const Matrix &, int64_t first, int64_t last, const float *x, int64_t panels, int64_t tokens, float *y);
     void (*decode)(const Matrix &, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type);
 };
 
@@ -341,28 +341,28 @@ struct Pass {
     int64_t number, first, tokens, lanes;
     int64_t panels;  // of `lanes` tokens each; 0: few tokens, all in one
     Many many;       // null: one token, by the kernel made for that, or panels
-    Floats x;        // [panels or 1, width, lanes], columns in the stored order, zeros where there is no column or no token
+    Floats x;        // [width, lanes], or as `Kernels::rows` takes it: columns as stored, zeros where is no column or token
     Floats sums;     // of segments, for the kernels of one token
     Floats whole;    // what `digits` points into; null: this pass is not in whole numbers
     Digits digits;
 };
 
 constexpr int64_t tiles_at_once = 4;    // that a thread takes
+constexpr int64_t many_tiles = 16;      // that it takes at most where there are panels
 constexpr int64_t most_at_once = 512;   // tokens for which weights are decoded once
 constexpr int64_t tiny_work = 1 << 18;  // weights times passes that are worth a thread
 
 void pack(Pass &pass, int64_t panel, const Stack &s, const float *x) {
-    const int64_t lanes = pass.lanes, width = s.width(), in = s.in;
+    const int64_t lanes = pass.lanes, width = s.width(), in = s.in, panels = std::max<int64_t>(pass.panels, 1);
     const int64_t orders = static_cast<int64_t>(s.order.shape(0));
     const int64_t *order = orders ? s.order.data() + (orders > 1 ? pass.number * in : 0) : nullptr;
-    float *to = &pass.x[panel * width * lanes];
-    std::fill(to + in * lanes, to + width * lanes, 0.0f);
     const int64_t tokens = std::clamp<int64_t>(pass.tokens - panel * lanes, 0, lanes);
     x += (pass.first + panel * lanes) * in;
-    for (int64_t c = 0; c < in; ++c) {
-        const int64_t from = order ? order[c] : c;
-        if (from < 0 || from >= in) throw std::invalid_argument("the order names columns that are not there");
-        for (int64_t t = 0; t < lanes; ++t) to[c * lanes + t] = t < tokens ? x[t * in + from] : 0.0f;
+    for (int64_t c = 0; c < width; ++c) {
+        const int64_t from = order && c < in ? order[c] : c;
+        if (from < 0 || (from >= in && c < in)) throw std::invalid_argument("the order names columns that are not there");
+        float *to = &pass.x[((c / many_columns * panels + panel) * many_columns + c % many_columns) * lanes];
+        for (int64_t t = 0; t < lanes; ++t) to[t] = t < tokens && c < in ? x[t * in + from] : 0.0f;
     }
 }
 
@@ -426,10 +426,13 @@ void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::
     }
     int64_t work = 0;
     const int64_t tiles = (s.out + 15) / 16;
+    // tiles of a matrix with panels that a thread takes at a time: some turns for each
+    const int64_t abreast = std::max<int64_t>(available.abreast, 1), turns = 4 * std::max(threads, 1);
+    const int64_t rows_step = std::clamp((tiles + turns - 1) / turns, abreast, many_tiles) / abreast * abreast;
     // of each pass: its panels, and the tiles that a thread takes at a time
     std::vector<std::pair<size_t, int64_t>> packing, items;
     for (size_t i = 0; i < passes.size(); ++i) {
-        const int64_t panels = std::max<int64_t>(passes[i].panels, 1), step = passes[i].panels ? many_tiles : tiles_at_once;
+        const int64_t panels = std::max<int64_t>(passes[i].panels, 1), step = passes[i].panels ? rows_step : tiles_at_once;
         work += panels * s.out * s.in;
         for (int64_t p = 0; p < panels; ++p) packing.emplace_back(i, p);
         for (int64_t tile = 0; tile < tiles; tile += step) items.emplace_back(i, tile);
@@ -446,12 +449,16 @@ void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::
         const Matrix m = s.matrix(pass.number, available.fill);
         const int64_t first = items[i].second;
         if (pass.panels) {
-            const int64_t last = std::min(first + many_tiles, tiles), lanes = pass.lanes;
-            const Floats w = floats(many_tiles * many_columns * 16), sum = floats(pass.panels * lanes * many_tiles * 16);
-            available.rows(m, first, last, pass.x.get(), pass.panels, lanes, w.get(), sum.get());
-            const int64_t height = std::min(16 * last, s.out) - 16 * first;
+            const int64_t last = std::min(first + rows_step, tiles), size = pass.panels * pass.lanes * abreast * 16;
+            const Floats sums = floats((last - first + abreast - 1) / abreast * size);
+            std::fill_n(sums.get(), (last - first + abreast - 1) / abreast * size, 0.0f);
+            available.rows(m, first, last, pass.x.get(), pass.panels, pass.lanes, sums.get());
             for (int64_t t = 0; t < pass.tokens; ++t)
-                std::memcpy(y.data() + (pass.first + t) * s.out + 16 * first, &sum[t * many_tiles * 16], 4 * height);
+                for (int64_t tile = first; tile < last; tile += abreast) {
+                    const int64_t height = std::min(16 * std::min(tile + abreast, last), s.out) - 16 * tile;
+                    std::memcpy(y.data() + (pass.first + t) * s.out + 16 * tile,
+                                &sums[(tile - first) / abreast * size + t * abreast * 16], 4 * height);
+                }
             return;
         }
         alignas(64) float sum[16 * 16];

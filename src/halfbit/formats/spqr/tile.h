@@ -107,18 +107,20 @@ inline Unpack unpacker(int bits) {
     return bits == 16 ? unpack<16> : all_bits[bits - 2];
 }
 
-// Scales and zeros of 32 groups from `32 * stretch`, [32, 16] each.
-inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, float *scale, float *zero) {
+// Scales and zeros of the groups `begin` to `end` among the 32 from `32 * stretch`, [32, 16] each.
+inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, int64_t begin, int64_t end, float *scale,
+                       float *zero) {
     unpacker(m.scales.bits)(m.scales.block(tile, stretch), scale, m.bfloat);
     unpacker(m.zeros.bits)(m.zeros.block(tile, stretch), zero, m.bfloat);
-    const int64_t first = 32 * stretch, count = std::min<int64_t>(32, m.groups - first);
+    const int64_t count = std::min(end, m.groups) - begin;
+    scale += 16 * (begin - 32 * stretch), zero += 16 * (begin - 32 * stretch);
     const int64_t top = 16 * tile / m.supergroup, bottom = std::min(16 * tile + 15, m.rows - 1) / m.supergroup;
     alignas(64) float wide[32 * 4 + 16];
     int at = 0;
     for (float *to : {scale, zero}) {
         if ((to == scale ? m.scales.bits : m.zeros.bits) == 16) continue;
         if (top == bottom) {
-            const uint16_t *second = m.second + (top * m.groups + first) * m.per_group;
+            const uint16_t *second = m.second + (top * m.groups + begin) * m.per_group;
             if (at == 0) {
                 int64_t i = 0;
                 for (; i + 16 <= count * m.per_group; i += 16) store(wide + i, widen(second + i, m.bfloat));
@@ -136,7 +138,7 @@ inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, float *sc
                 alignas(64) float step[16], start[16];
                 for (int64_t lane = 0; lane < 16; ++lane) {
                     const int64_t row = std::min(16 * tile + lane, m.rows - 1);
-                    const uint16_t *second = m.second + (row / m.supergroup * m.groups + first + g) * m.per_group + at;
+                    const uint16_t *second = m.second + (row / m.supergroup * m.groups + begin + g) * m.per_group + at;
                     step[lane] = float_of(second[0], m.bfloat), start[lane] = float_of(second[1], m.bfloat);
                 }
                 const F difference = sub(load(to + 16 * g), load(start));
@@ -203,16 +205,16 @@ inline void block_weights(const Matrix &m, int64_t tile, int64_t block, int64_t 
     }
 }
 
-// Walks blocks `first`, a multiple of 8, to `last` of a tile: `use(block, weights)`, which are [32, 16] at `place(block)`.
+// Walks blocks `first` to `last` of a tile: `use(block, weights)`, which are [32, 16] at `place(block)`.
 template <class Place, class Use>
 [[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, int64_t first, int64_t last, const Place &place,
                                         const Use &use) {
     alignas(64) float scale[512], zero[512];
-    int64_t outlier = 0;
+    int64_t outlier = m.has_outliers ? m.outlier_begin(tile, first / 8) : 0;
     for (int64_t block = first; block < last;) {
-        const int64_t stretch = block / m.group;
-        statistics(m, tile, stretch, scale, zero);
-        for (const int64_t stop = std::min(last, m.stretch_end(stretch)); block < stop; ++block) {
+        const int64_t stretch = block / m.group, stop = std::min(last, m.stretch_end(stretch));
+        statistics(m, tile, stretch, 32 * block / m.group, (32 * stop - 1) / m.group + 1, scale, zero);
+        for (; block < stop; ++block) {
             float *w = place(block);
             block_weights(m, tile, block, stretch, scale, zero, outlier, w);
             use(block, w);
@@ -247,22 +249,22 @@ void tile_product(const Matrix &m, int64_t tile, const float *x, float *y) {
 #if HALFBIT_LANES
 
 // Tiles and tokens whose sums are kept in registers.
-constexpr int tiles_abreast = HALFBIT_LANES == 512 ? 2 : 1, most_tokens = HALFBIT_LANES == 512 ? 12 : 6;
+constexpr int tiles_abreast = HALFBIT_LANES == 512 ? 4 : 1, most_tokens = 6;
 
-// Some columns of `tiles_abreast` tiles times T tokens: w [tile, many_columns, 16], x [columns, T]; added to
-// y [T, many_tiles, 16].
+// Some columns of `tiles_abreast` tiles times T tokens: w [tiles_abreast, many_columns, 16], x [columns, T]; added to
+// y [T, tiles_abreast, 16].
 template <int T>
 void panel_product(const float *w, const float *x, int64_t columns, float *y) {
     F sum[T][tiles_abreast];
     for (int t = 0; t < T; ++t)
-        for (int r = 0; r < tiles_abreast; ++r) sum[t][r] = all(0.0f);
+        for (int r = 0; r < tiles_abreast; ++r) {
+            sum[t][r] = all(0.0f);
+            // from the second-level cache, for the end
+            __builtin_prefetch(y + 16 * (tiles_abreast * t + r));
+        }
     for (int64_t c = 0; c < columns; ++c) {
         F weight[tiles_abreast];
-        for (int r = 0; r < tiles_abreast; ++r) {
-            weight[r] = load(w + 16 * (many_columns * r + c));
-            // from the second-level cache
-            __builtin_prefetch(w + 16 * (many_columns * r + c + 24));
-        }
+        for (int r = 0; r < tiles_abreast; ++r) weight[r] = load(w + 16 * (many_columns * r + c));
         for (int t = 0; t < T; ++t) {
             const F token = all(x[T * c + t]);
             for (int r = 0; r < tiles_abreast; ++r) sum[t][r] = fma(weight[r], token, sum[t][r]);
@@ -270,7 +272,7 @@ void panel_product(const float *w, const float *x, int64_t columns, float *y) {
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < tiles_abreast; ++r) {
-            float *to = y + 16 * (many_tiles * t + r);
+            float *to = y + 16 * (tiles_abreast * t + r);
             store(to, add(load(to), sum[t][r]));
         }
 }
@@ -283,32 +285,25 @@ Panel panel_of(int64_t tokens, std::integer_sequence<int, T...>) {
     return all_tokens[tokens - 1];
 }
 
-// Tiles `first` to `last`, at most `many_tiles`, times panels of T tokens: x [panels, width, T]; y [panels, T, many_tiles, 16].
-// Some columns of all the tiles are decoded into w [many_tiles, many_columns, 16], which stays in the second-level cache
-// for all panels, as x of a panel does in the first for all tiles.
+// Tiles `first` to `last` times panels of T tokens: x [width / many_columns, panels, many_columns, T];
+// y [tiles / tiles_abreast, panels, T, tiles_abreast, 16]. Some columns of `tiles_abreast` tiles are decoded and stay in
+// the first-level cache for all panels, as those columns of x and the sums do in the second for all tiles.
 inline void rows_product(const Matrix &m, int64_t first, int64_t last, const float *x, int64_t panels, int64_t tokens,
-                         float *w, float *y) {
+                         float *y) {
     const Panel panel = panel_of(tokens, std::make_integer_sequence<int, most_tokens>());
-    std::fill(w, w + many_tiles * many_columns * 16, 0.0f);
-    std::fill(y, y + panels * tokens * many_tiles * 16, 0.0f);
-    const int64_t blocks = m.codes.blocks(), width = 256 * m.chunks, step = many_columns / 32;
-    for (int64_t block = 0; block < blocks; block += step) {
+    alignas(64) float w[tiles_abreast * many_columns * 16] = {};
+    const int64_t blocks = m.codes.blocks(), step = many_columns / 32;
+    for (int64_t block = 0; block < blocks; block += step, x += panels * many_columns * tokens) {
         const int64_t stop = std::min(block + step, blocks);
-        for (int64_t tile = first; tile < last; ++tile) {
-            float *to = w + 16 * many_columns * (tile - first);
-            walk(m, tile, block, stop, [&](int64_t b) { return to + 512 * (b - block); }, [](int64_t, const float *) {});
-        }
-        const int64_t columns = 32 * (stop - block);
-        for (int64_t p = 0; p < panels; ++p) {
-            const float *of_panel = x + (width * p + 32 * block) * tokens;
-            // the next panel's x comes from far away: a part of it with each pair of tiles
-            const float *next = p + 1 < panels ? of_panel + width * tokens : x + 32 * stop * tokens;
-            const int64_t part = columns * tokens * tiles_abreast / many_tiles;
-            for (int64_t tile = 0; tile < last - first; tile += tiles_abreast) {
-                for (int64_t i = 0; i < part; i += 16) __builtin_prefetch(next + i, 0, 2);
-                next += part;
-                panel(w + 16 * many_columns * tile, of_panel, columns, y + 16 * (many_tiles * tokens * p + tile));
+        float *to = y;
+        for (int64_t tile = first; tile < last; tile += tiles_abreast) {
+            for (int64_t i = 0; i < std::min<int64_t>(tiles_abreast, last - tile); ++i) {
+                float *at = w + 16 * many_columns * i;
+                walk(m, tile + i, block, stop, [&](int64_t b) { return at + 512 * (b - block); },
+                     [](int64_t, const float *) {});
             }
+            for (int64_t p = 0; p < panels; ++p, to += tokens * tiles_abreast * 16)
+                panel(w, x + p * many_columns * tokens, 32 * (stop - block), to);
         }
     }
 }
@@ -411,7 +406,7 @@ inline void scales_and_shifts(const Matrix &m, int64_t tile, int64_t stretch, fl
         return shared_statistics<3>(m, tile, stretch, all(center), scale, shift, groups_of_block);
     if (shared && !m.half && m.scales.bits == 4 && m.zeros.bits == 4)
         return shared_statistics<4>(m, tile, stretch, all(center), scale, shift, groups_of_block);
-    statistics(m, tile, stretch, scale, shift);
+    statistics(m, tile, stretch, 32 * stretch, 32 * stretch + 32, scale, shift);
     const int64_t groups = std::min<int64_t>(32, m.groups - 32 * stretch);
     for (int64_t g = 0; g < groups; ++g)
         store(shift + 16 * g, mul(load(scale + 16 * g), sub(load(shift + 16 * g), all(center))));
@@ -520,7 +515,7 @@ inline Kernels kernels([[maybe_unused]] int bits, [[maybe_unused]] int64_t segme
         tile_decode(m, tile, first, last, to, step, static_cast<To>(type));
     };
 #if HALFBIT_LANES
-    k.most_tokens = most_tokens, k.rows = rows_product;
+    k.most_tokens = most_tokens, k.abreast = tiles_abreast, k.rows = rows_product;
 #endif
 #if HALFBIT_LANES == 512
     k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}, {16, tile_product<16>}};
