@@ -348,7 +348,7 @@ struct Pass {
 };
 
 constexpr int64_t tiles_at_once = 4;    // that a thread takes
-constexpr int64_t many_tiles = 16;      // that it takes at most where there are panels
+constexpr int64_t many_tiles = 16;      // the same with panels, at most
 constexpr int64_t most_at_once = 512;   // tokens for which weights are decoded once
 constexpr int64_t tiny_work = 1 << 18;  // weights times passes that are worth a thread
 
@@ -358,11 +358,14 @@ void pack(Pass &pass, int64_t panel, const Stack &s, const float *x) {
     const int64_t *order = orders ? s.order.data() + (orders > 1 ? pass.number * in : 0) : nullptr;
     const int64_t tokens = std::clamp<int64_t>(pass.tokens - panel * lanes, 0, lanes);
     x += (pass.first + panel * lanes) * in;
-    for (int64_t c = 0; c < width; ++c) {
-        const int64_t from = order && c < in ? order[c] : c;
-        if (from < 0 || (from >= in && c < in)) throw std::invalid_argument("the order names columns that are not there");
-        float *to = &pass.x[((c / many_columns * panels + panel) * many_columns + c % many_columns) * lanes];
-        for (int64_t t = 0; t < lanes; ++t) to[t] = t < tokens && c < in ? x[t * in + from] : 0.0f;
+    for (int64_t first = 0; first < width; first += many_columns) {
+        float *to = &pass.x[(first * panels + panel * many_columns) * lanes];
+        std::fill_n(to, many_columns * lanes, 0.0f);
+        for (int64_t c = first; c < std::min(first + many_columns, in); ++c, to += lanes) {
+            const int64_t from = order ? order[c] : c;
+            if (from < 0 || from >= in) throw std::invalid_argument("the order names columns that are not there");
+            for (int64_t t = 0; t < tokens; ++t) to[t] = x[t * in + from];
+        }
     }
 }
 
@@ -425,19 +428,21 @@ void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::
         }
     }
     int64_t work = 0;
-    const int64_t tiles = (s.out + 15) / 16;
-    // tiles of a matrix with panels that a thread takes at a time: some turns for each
-    const int64_t abreast = std::max<int64_t>(available.abreast, 1), turns = 4 * std::max(threads, 1);
-    const int64_t rows_step = std::clamp((tiles + turns - 1) / turns, abreast, many_tiles) / abreast * abreast;
-    // of each pass: its panels, and the tiles that a thread takes at a time
-    std::vector<std::pair<size_t, int64_t>> packing, items;
+    std::vector<std::pair<size_t, int64_t>> packing, items;  // of each pass its panels, and where its turns begin
     for (size_t i = 0; i < passes.size(); ++i) {
-        const int64_t panels = std::max<int64_t>(passes[i].panels, 1), step = passes[i].panels ? rows_step : tiles_at_once;
+        const int64_t panels = std::max<int64_t>(passes[i].panels, 1);
         work += panels * s.out * s.in;
         for (int64_t p = 0; p < panels; ++p) packing.emplace_back(i, p);
-        for (int64_t tile = 0; tile < tiles; tile += step) items.emplace_back(i, tile);
     }
     threads = static_cast<int>(std::clamp<int64_t>(work / tiny_work, 1, std::max(threads, 1)));
+    // with panels a thread takes many tiles at a time, which share x, but has several turns
+    const int64_t tiles = (s.out + 15) / 16, abreast = std::max<int64_t>(available.abreast, 1);
+    const int64_t share = threads == 1 ? tiles : static_cast<int64_t>(passes.size()) * tiles / (4 * threads);
+    const int64_t rows_step = std::clamp(share, abreast, many_tiles) / abreast * abreast;
+    for (size_t i = 0; i < passes.size(); ++i) {
+        const int64_t step = passes[i].panels ? rows_step : tiles_at_once;
+        for (int64_t tile = 0; tile < tiles; tile += step) items.emplace_back(i, tile);
+    }
     halfbit::parallel(threads, packing.size(), [&](int64_t i) {
         Pass &pass = passes[packing[i].first];
         pack(pass, packing[i].second, s, x.data());
@@ -461,7 +466,7 @@ void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::
                 }
             return;
         }
-        alignas(64) float sum[16 * 16];
+        alignas(64) float sum[8 * 16];
         for (int64_t tile = first; tile < std::min(first + tiles_at_once, tiles); ++tile) {
             if (pass.many) pass.many(m, tile, pass.x.get(), sum);
             else if (pass.whole) available.digits(m, tile, pass.x.get(), pass.digits, pass.sums.get(), sum);

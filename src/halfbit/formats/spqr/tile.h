@@ -518,7 +518,7 @@ inline Kernels kernels([[maybe_unused]] int bits, [[maybe_unused]] int64_t segme
     k.most_tokens = most_tokens, k.abreast = tiles_abreast, k.rows = rows_product;
 #endif
 #if HALFBIT_LANES == 512
-    k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}, {16, tile_product<16>}};
+    k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}, {8, tile_product<8>}};
 #else
     k.many = {{1, tile_product<1>}, {2, tile_product<2>}, {4, tile_product<4>}};
 #endif
