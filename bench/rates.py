@@ -132,7 +132,7 @@ def main() -> None:
             extra += ["--bits", bits] if bits else []
             if options.curves and any(rule.options for rule in chosen.rules):
                 extra += ["--curves", options.curves]
-            what = name + (f" {bits:g} bits" if bits else "") + (f", {steps} steps of tuning" if steps else "")
+            what = Path(name).stem + (f" {bits:g} bits" if bits else "") + (f", {steps} steps of tuning" if steps else "")
             point(options, what, extra)
 
 

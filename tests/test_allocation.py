@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from compressed import SOURCES, add_tokenizer, chosen, decoded, inputs, largest_difference, load, run, text
+from typer.testing import CliRunner
 
 from halfbit import allocation, recipe
+from halfbit.cli import app
 from halfbit.compress import compress
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.evaluate import evaluate
@@ -237,3 +239,19 @@ def test_bits_by_file_bytes_and_a_smaller_loss_than_equal_bits(tmp_path: Path) -
         )
         found[name] = result.kl_divergence
     assert found["allocated"] < 0.95 * found["equal"]
+
+
+def test_what_was_decided_is_shown_also_before_it_is_done(tmp_path: Path) -> None:
+    source = add_tokenizer(SOURCES["qwen3-moe"](tmp_path / "source"))
+    for event in compress(str(source), tmp_path / "out", chosen(tiny(12.0)), text(source)):
+        if isinstance(event, Solved):
+            break
+    shown = inspect(tmp_path / "out")["allocation"]
+    assert sum(row["share"] for row in shown["projections"].values()) == pytest.approx(1)
+    experts = shown["projections"]["model.layers.0.mlp.experts.down_proj"]
+    assert len(experts["bits"]) == sum(experts["formats"].values()) > 1
+    assert {row["bits"] for row in shown["rules"]} == {12.0, 18.0}
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    (tmp_path / "out" / "allocation.json").write_text('{"rules": 3}')
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).exit_code == 2

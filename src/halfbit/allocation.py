@@ -23,9 +23,8 @@ from halfbit.probe import Pair, Probe
 from halfbit.recipe import Recipe, Rule
 from halfbit.samples import Sample
 from halfbit.solve.allocate import Choice, Curve, allocate, hull
-from halfbit.writer import Writer
+from halfbit.writer import ALLOCATION, Writer
 
-ALLOCATION = "allocation.json"
 CURVES = ".curves.json"
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import wraps
+from os.path import commonpath
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
@@ -308,7 +309,8 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes and true bits by part, losses and calibration coverage per layer; or, with --backends, the kernels."""
+    """Bytes and true bits by part, which format and how many bits each layer was given, losses and calibration coverage
+    per layer; or, with --backends, the kernels. Also shows what a run that is under way has decided."""
     if folder is None and not backends:
         raise Unsupported("inspect: give a FOLDER, or --backends")
     report: dict[str, Any] = inspect_folder(folder) if folder else {}
@@ -324,6 +326,8 @@ def inspect(
         out.print(table)
     if folder:
         _show_report(report)
+        if report["allocation"] is not None:
+            _show_allocation(report["allocation"])
         _show_layers(report)
 
 
@@ -354,8 +358,29 @@ def _show_report(report: dict[str, Any]) -> None:
         out.print("the run that writes this folder has not finished; the same compress command continues it")
 
 
+def _show_allocation(allocation: dict[str, Any]) -> None:
+    told = "; ".join(f"{r['match']} at {r['bits']:g} bits, {r['loss']:.4f} nats" for r in allocation["rules"])
+    parents = [name.rpartition(".")[0].replace(".", "/") for name in allocation["projections"]]
+    prefix = commonpath(parents).replace("/", ".")
+    columns = (Column(name, no_wrap=True) for name in (f"{prefix}.", "bits, fewest to most", "of loss"))
+    table = Table(*columns, "formats", title=f"predicted: {told}")
+    for name, row in allocation["projections"].items():
+        bits, formats = row["bits"], ", ".join(f"{n} {kind}" for kind, n in sorted(row["formats"].items()))
+        spread = f"{sum(bits) / len(bits):.3f}, {min(bits):.2f} to {max(bits):.2f}"
+        table.add_row(name.removeprefix(f"{prefix}."), spread, f"{row['share']:.1%}", formats)
+    out.print(table)
+
+
 def _show_layers(report: dict[str, Any]) -> None:
-    table = Table("module", "projection", "mean loss", "worst loss", "bits", "tokens per expert", "below floor")
+    table = Table(
+        Column("module", no_wrap=True),
+        "projection",
+        "mean loss",
+        "worst loss",
+        "bits",
+        "tokens per expert",
+        "below floor",
+    )
     for path, layer in report["layers"].items():
         cover = layer["coverage"]
         spread = f"{min(cover['trained'])} to {max(cover['trained'])}" if cover else "none"
@@ -394,6 +419,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
 
 
 def main() -> None:
+    native.ask_for_same_sums()
     # the bars of transformers would run through ours
     disable_progress_bar()
     app()

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbit import native
 from halfbit.activations import Activations, Routed
-from halfbit.allocation import ALLOCATION, CURVES, Settled, settle
+from halfbit.allocation import CURVES, Settled, settle
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
 from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
@@ -42,12 +43,12 @@ from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_grou
 from halfbit.linears import find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
-from halfbit.recipe import Recipe, Rule
+from halfbit.recipe import Recipe, Rule, Tuning
 from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 from halfbit.storing import fingerprint_of, folder_config, packed_tensors, put_experts, put_outer
 from halfbit.tune import held_back, tune
 from halfbit.types import Packed
-from halfbit.writer import Writer
+from halfbit.writer import ALLOCATION, Writer
 
 # inside the folder, until the tuned model is there
 UNTUNED = ".untuned"
@@ -130,8 +131,9 @@ def _compress(
         return
     rules: dict[str, tuple[list[Rule], list[Rule]] | None] = {}
     measured = writer.folder / CURVES if curves is None else Path(curves)
-    # whatever bits are asked for
-    anyhow = replace(recipe, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
+    # whatever bits are asked for, tuned or not
+    anyhow = replace(recipe, name="", tuning=Tuning())
+    anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
     identity = _fingerprint(reader, anyhow, [], samples, device)
     steps = settle(open_family(reader), recipe, pairs, linears, samples, writer, device, dtype, measured, identity)
     for event in steps:
@@ -148,7 +150,7 @@ def _compress(
         solved=len(writer.manifest["matrices"]),
     )
     begun_with, threads = writer.manifest["about"]["threads"], torch.get_num_threads()
-    if begun_with != threads:
+    if begun_with != threads and not native.same_sums():
         yield Noticed(
             f"this run was begun with {begun_with} threads and goes on with {threads}: sums are rounded in "
             "another order, so the result will not be bit-identical to one made in one go"

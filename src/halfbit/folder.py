@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from halfbit.errors import CheckpointError, FormatError, HalfbitError
 from halfbit.layout import DTYPES, Entry, name_of, parse_tensor, stored_name
 from halfbit.linears import WEIGHT
-from halfbit.writer import INDEX, MANIFEST, checksum, read_manifest
+from halfbit.writer import ALLOCATION, INDEX, MANIFEST, checksum, read_manifest
 
 # first match wins; names as transformers gives them
 PARTS = (
@@ -44,7 +44,9 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     Returns:
         "parts": part -> {"bytes", "weights", "bits_per_weight"}; "total_bytes" of all files; "packed": parts as above,
         of what is compressed alone; "bits_per_packed_weight", metadata included, and "packed_weights";
-        "bits_per_weight" of the whole model; "layers": compressed module -> mean loss, bits and coverage.
+        "bits_per_weight" of the whole model; "layers": compressed module -> mean loss, bits and coverage;
+        "allocation": {"rules", "projections"}, what was decided before solving, also while a run is under way: bits and
+        formats of each projection, and the part of the predicted loss that is its own; None where nothing was decided.
     """
     root = Path(folder)
     manifest = read_manifest(root)
@@ -75,12 +77,35 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "bits_per_packed_weight": _bits(packed),
         "bits_per_weight": _bits(parts),
         "layers": {path: _layer(manifest, path) for path in manifest["packed"]},
+        "allocation": _allocation(root),
     }
 
 
 def _bits(parts: dict[str, dict[str, float]]) -> float | None:
     weights = sum(row["weights"] for row in parts.values())
     return 8 * sum(row["bytes"] for row in parts.values()) / weights if weights else None
+
+
+def _allocation(root: Path) -> dict[str, Any] | None:
+    path = root / ALLOCATION
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        whole = sum(rule["loss"] for rule in told["rules"])
+        projections: dict[str, dict[str, Any]] = {}
+        for name, matrix in told["matrices"].items():
+            # of an expert without its number
+            path = re.sub(r"\.\d+(\.[^.]+)$", r"\1", name)
+            row = projections.setdefault(path, {"bits": [], "share": 0.0, "formats": {}})
+            row["bits"].append(float(matrix["bits"]))
+            row["share"] += matrix["loss"] / whole if whole else 0.0
+            of = matrix["codec"]
+            label = f"{of['name']} {of['bits']} bit" if "bits" in of else str(of["name"])
+            row["formats"][label] = row["formats"].get(label, 0) + 1
+        return {"rules": told["rules"], "projections": projections}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise FormatError(f"{path}: is damaged ({type(e).__name__}: {e}); delete the folder and compress again") from e
 
 
 def _layer(manifest: dict[str, Any], path: str) -> dict[str, Any]:

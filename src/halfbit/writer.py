@@ -8,6 +8,7 @@ index come last of all: a folder that is not finished cannot be mistaken for a m
     model.safetensors.index.json                              tensor -> file
     model-outer-00000.safetensors  model-block-00000.safetensors ...
     recipe.toml                                               every default filled in; not after an import
+    allocation.json                                           where rules have options: what each matrix was given
     manifest.json                                             checksums, losses, coverage, bytes
 """
 
@@ -32,6 +33,7 @@ from halfbit.layout import Entry, name_of, parse_tensor
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+ALLOCATION = "allocation.json"
 # what the manifest says of every matrix
 FACTS = ("loss", "bits_per_weight", "tokens")
 
