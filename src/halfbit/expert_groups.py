@@ -144,7 +144,7 @@ def solve(group: Group, rules: tuple[Rules, Rules], recipe: Recipe, routed: Rout
         down = solve_matrices(group.down, eye[1], rules[1], recipe.solving, group.names, notices)
         return SolvedGroup(up, down, [0] * len(group.names), notices)
 
-    training = Training.of(group, recipe.coverage, routed)
+    training = Training.of(group, recipe, routed)
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
     h = hessians(group, training, routed, recipe.coverage, as_it_is)
     up = solve_matrices(group.up, h, rules[0], recipe.solving, group.names, notices)
@@ -162,16 +162,24 @@ class Training:
 
     Attributes:
         rows: of `Routed.hidden`, one tensor per expert.
+        weights: what a row counts for, `[rows, 1]` with a mean square of 1; one tensor per expert.
         pooled: `[tokens, width]`, tokens that stand for the whole layer.
     """
 
     rows: list[Tensor]
+    weights: list[Tensor]
     pooled: Tensor
 
     @classmethod
-    def of(cls, group: Group, coverage: Coverage, routed: Routed) -> "Training":
-        rows = [_training_rows(routed, e, max_tokens(coverage, routed)) for e in group.experts]
-        return cls(rows, routed.hidden[_spread(routed.keep)].to(group.up))
+    def of(cls, group: Group, recipe: Recipe, routed: Routed) -> "Training":
+        rows, weights = [], []
+        for expert in group.experts:
+            taken, gates = routed.tokens_of(expert)
+            kept = routed.keep[taken].nonzero().squeeze(1)[: max_tokens(recipe.coverage, routed)]
+            rows.append(taken[kept])
+            gates = gates[kept].to(group.up) if recipe.solving.router_weights else group.up.new_ones(len(kept))
+            weights.append((gates / gates.square().mean().sqrt().clamp(min=1e-30))[:, None])
+        return cls(rows, weights, routed.hidden[_spread(routed.keep)].to(group.up))
 
     @property
     def tokens(self) -> list[int]:
@@ -180,11 +188,6 @@ class Training:
 
 def as_it_is(_expert: int, x: Tensor) -> Tensor:
     return x
-
-
-def _training_rows(routed: Routed, expert: int, most: int) -> Tensor:
-    rows, _ = routed.tokens_of(expert)
-    return rows[routed.keep[rows]][:most]
 
 
 def _spread(keep: Tensor) -> Tensor:
@@ -222,8 +225,8 @@ def hessians(
     width = view(0, pooled[:1]).shape[1]
     own = Hessian(len(train), width, device=group.up.device)
     for i, rows in enumerate(train):
-        for chunk in rows.split(EXPERT_TOKENS):
-            own.add(view(i, routed.hidden[chunk].to(group.up)), i)
+        for chunk, weights in zip(rows.split(EXPERT_TOKENS), training.weights[i].split(EXPERT_TOKENS), strict=True):
+            own.add(view(i, routed.hidden[chunk].to(group.up)) * weights, i)
     if coverage.undersampled == "shrink":
         # the input projections of all experts look at the same pooled tokens
         views = 1 if view is as_it_is else len(train)

@@ -211,7 +211,7 @@ class Probe:
     ) -> None:
         """Probes a group of experts, and runs it for everybody who is at its door."""
         group = Group.read(self._family, stack, experts, self._device)
-        training = Training.of(group, self._recipe.coverage, routed)
+        training = Training.of(group, self._recipe, routed)
         judges = [_tokens(routed, e) for e in experts]
         trials = dict.fromkeys(given, group)
         for name, projection, which in zip(roles, stored_names(stack), ("up", "down"), strict=True):

@@ -160,6 +160,8 @@ class Solving:
     experts_per_batch: int = 16
     true_sequential: bool = False
     """Solve the output projection on inputs that come from the compressed input projection."""
+    router_weights: bool = False
+    """An expert's tokens count in its Hessians as much as in the layer's output: by the router's weights, squared."""
 
     def __post_init__(self):
         if not 0 < self.damping < inf or self.block < 1 or self.experts_per_batch < 1:
