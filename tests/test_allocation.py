@@ -147,8 +147,9 @@ def test_any_model_runs_from_what_was_allocated(name: str, tmp_path: Path) -> No
     assert probed[-1].done == probed[-1].matrices
     told = json.loads((tmp_path / "out" / "allocation.json").read_text())
     assert len(told["matrices"]) == probed[-1].matrices
-    assert all(m["loss"] >= 0 for m in told["matrices"].values())
-    assert any(m["loss"] > 0 for m in told["matrices"].values())
+    losses = [loss for _, _, _, loss in told["matrices"].values()]
+    assert all(loss >= 0 for loss in losses)
+    assert any(loss > 0 for loss in losses)
     model = load(tmp_path / "out")
     dense = decoded(source, model)
     with torch.no_grad():
@@ -247,7 +248,7 @@ def test_what_was_decided_is_shown_also_before_it_is_done(tmp_path: Path) -> Non
         if isinstance(event, Solved):
             break
     shown = inspect(tmp_path / "out")["allocation"]
-    assert sum(row["share"] for row in shown["projections"].values()) == pytest.approx(1)
+    assert sum(row["share"] for row in shown["projections"].values()) == pytest.approx(1, abs=1e-3)
     experts = shown["projections"]["model.layers.0.mlp.experts.down_proj"]
     assert len(experts["bits"]) == sum(experts["formats"].values()) > 1
     assert {row["bits"] for row in shown["rules"]} == {12.0, 18.0}

@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
     report = json.loads(
         told(
             "compress", TINY, out, "--calibration", TINY / "calibration.txt", "--samples", 16, "--sequence-length", 128,
-            "--json",
+            "--recipe", "qmoe", "--json",
         )
     )  # fmt: skip
     assert report["complete"]
@@ -249,7 +249,7 @@ def test_activations_that_overflow_are_named(tmp_path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     code, _, err = call(
         "compress", model, tmp_path / "out", "--calibration", TINY / "calibration.txt", "--samples", 2,
-        "--sequence-length", 32,
+        "--sequence-length", 32, "--recipe", "qmoe",
     )  # fmt: skip
     assert code == 2
     assert "model.layers.1" in err

@@ -1,6 +1,7 @@
 """The smallest model that a loss allows, and sizes as budgets."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,18 @@ from typer.testing import CliRunner
 
 from halfbit import recipe, search
 from halfbit.cli import app
+from halfbit.compress import calibration_samples
 from halfbit.errors import RecipeError, UnknownName
-from halfbit.events import Event, Finished
+from halfbit.evaluate import load, measure
+from halfbit.events import Event, Finished, Noticed
+from halfbit.families import open_family
+from halfbit.reader import Reader
+from halfbit.recipe import Recipe
 from halfbit.sizes import parse_size, with_model_bits, with_size
+from halfbit.tune import held_back
 
 LENGTH, SAMPLES = 12, 24
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
 
 def source(root: Path) -> Path:
@@ -91,6 +99,29 @@ def test_too_little_text_to_hold_some_back(tmp_path: Path) -> None:
         list(search.compress_to_loss(str(model), tmp_path / "out", chosen(), text(model, 6 * LENGTH), 0.02))
 
 
+def test_a_measured_loss_is_kept_with_fewer_bits_than_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained model; the loss on the end of the text, measured here again, and once with the next lower rate."""
+    monkeypatch.setattr(search, "FINE", 1.5)
+    how = recipe.load("runlength").calibrated(samples=8, sequence_length=64)
+    how = how.tuned(held_back=0.005)
+    losses: dict[float, float] = {}
+    for event in search.compress_to_loss(str(EXAMPLE), tmp_path / "out", how, str(EXAMPLE / "calibration.txt"), 0.3):
+        if isinstance(event, Noticed) and (
+            found := re.match(r"([\d.]+) bits: loss ([\d.]+), ([\d.]+) allowed", event.message)
+        ):
+            losses[float(found[1])] = float(found[2])
+            allowed = float(found[3])
+    bits = Recipe.from_toml((tmp_path / "out" / "recipe.toml").read_text()).rules[0].bits
+    assert bits is not None
+    assert losses[round(bits, 3)] <= allowed
+    assert all(loss > allowed for other, loss in losses.items() if other < round(bits, 3))
+    assert len(losses) > 2
+    reader = Reader(str(EXAMPLE))
+    _, samples = calibration_samples(reader, open_family(reader), how, str(EXAMPLE / "calibration.txt"), every=True)
+    held = samples[-held_back(len(samples), how.tuning) :]
+    assert measure(load(str(tmp_path / "out")), held).loss == pytest.approx(losses[round(bits, 3)], abs=1e-3)
+
+
 # --- size
 
 
@@ -108,17 +139,18 @@ def test_sizes_that_are_none() -> None:
         parse_size("12 bananas")
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
-
-
+@pytest.mark.parametrize("name", ["runlength", "halfbit"])
 @pytest.mark.parametrize("option", [["--size", "2MB"], ["--bits", "4.4", "--bits-of", "model"]])
-def test_a_folder_has_the_size_that_was_asked_for(option: list[str], tmp_path: Path) -> None:
-    """Counted from the files, within one percent."""
+def test_a_folder_has_the_size_that_was_asked_for(name: str, option: list[str], tmp_path: Path) -> None:
+    """Counted from the files, within one percent; where rules have options, those for other layers keep their bits."""
     out = tmp_path / "out"
     given = ["--calibration", str(EXAMPLE / "calibration.txt"), "--samples", "4", "--sequence-length", "64", "--json"]
-    done = CliRunner().invoke(app, ["compress", str(EXAMPLE), str(out), "--recipe", "runlength", *option, *given])
+    done = CliRunner().invoke(app, ["compress", str(EXAMPLE), str(out), "--recipe", name, *option, *given])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
+    if name == "halfbit":
+        assert report["packed"]["attention"]["bits_per_weight"] == pytest.approx(4.0, rel=0.01)
+        assert report["packed"]["experts"]["bits_per_weight"] != pytest.approx(2.0, rel=0.1)
     if option[0] == "--size":
         assert sum(p.stat().st_size for p in out.iterdir()) == pytest.approx(2e6, rel=0.01)
     else:

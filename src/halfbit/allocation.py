@@ -78,7 +78,7 @@ def settle(
             writer.atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
         by_rule = _by_rule(family, pairs, linears)
         spent = {rule: _spend(rule, {name: curves[name] for name in names}) for rule, names in by_rule.items()}
-        told = json.dumps(_told(spent), indent=1) + "\n"
+        told = json.dumps(_told(spent)) + "\n"
         writer.atomically(writer.folder / ALLOCATION, lambda temporary: temporary.write_text(told, "utf-8"))
         for rule, choices in spent.items():
             chosen |= {name: rule.at(c.option, c.bits, c.spread) for name, c in choices.items()}
@@ -128,13 +128,14 @@ def _spend(rule: Rule, curves: Mapping[str, Curve]) -> dict[str, Choice]:
 
 
 def _told(spent: Mapping[Rule, Mapping[str, Choice]]) -> dict[str, Any]:
+    """{"rules": [{match, bits, loss, options}], "matrices": {name: [rule, option, bits, loss]}}, as predicted."""
     rules, matrices = [], {}
-    for rule, choices in spent.items():
-        rules.append({"match": rule.match, "bits": rule.bits, "loss": sum(c.loss for c in choices.values())})
+    for number, (rule, choices) in enumerate(spent.items()):
+        options = [formats.to_config(option.codec) for option in rule.options if option.codec is not None]
+        loss = sum(c.loss for c in choices.values())
+        rules.append({"match": rule.match, "bits": rule.bits, "loss": loss, "options": options})
         for name, c in choices.items():
-            codec = rule.options[c.option].codec
-            assert codec is not None
-            matrices[name] = {"bits": c.bits, "loss": c.loss, "codec": formats.to_config(codec)}
+            matrices[name] = [number, c.option, round(c.bits, 4), float(f"{c.loss:.4g}")]
     return {"rules": rules, "matrices": matrices}
 
 

@@ -87,7 +87,7 @@ def _device(name: str) -> str:
 def compress(
     model: Annotated[str, typer.Argument(help="Model folder with safetensors, or hub id such as Qwen/Qwen3-30B-A3B.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an interrupted run in it is continued.")],
-    recipe: Annotated[str, typer.Option(help=f"Name ({', '.join(recipes.names())}) or TOML file.")] = "qmoe",
+    recipe: Annotated[str, typer.Option(help=f"Name ({', '.join(recipes.names())}) or TOML file.")] = "halfbit",
     calibration: Annotated[
         str | None, typer.Option(help="Text file, .jsonl with 'text', or data set 'name:config:split'.")
     ] = None,
@@ -100,13 +100,16 @@ def compress(
     ] = None,
     corruption: Annotated[str | None, typer.Option(help="Of encoder-decoder models: t5 or fixed. [recipe: t5]")] = None,
     bits: Annotated[
-        float | None, typer.Option(help="Stored bits per weight: of ternary experts, or of SpQR with its outliers.")
+        float | None,
+        typer.Option(
+            help="Stored bits per weight of the experts, or of the linear layers where there are no experts. [recipe]"
+        ),
     ] = None,
     bits_of: Annotated[
-        str, typer.Option(help="What --bits counts: experts (the weights whose rate can be chosen) or model (all).")
+        str, typer.Option(help="What --bits counts: experts (or what --bits says) or model (every weight of it).")
     ] = "experts",
     size: Annotated[
-        str | None, typer.Option(help="Of the whole folder, 12GB or 900MiB: ternary experts at the rate that fits.")
+        str | None, typer.Option(help="Of the whole folder, 12GB or 900MiB: --bits that make it so.")
     ] = None,
     max_loss: Annotated[
         float | None,

@@ -94,17 +94,17 @@ def _allocation(root: Path) -> dict[str, Any] | None:
         told = json.loads(path.read_text("utf-8"))
         whole = sum(rule["loss"] for rule in told["rules"])
         projections: dict[str, dict[str, Any]] = {}
-        for name, matrix in told["matrices"].items():
+        for name, (rule, option, bits, loss) in told["matrices"].items():
             # of an expert without its number
             path = re.sub(r"\.\d+(\.[^.]+)$", r"\1", name)
             row = projections.setdefault(path, {"bits": [], "share": 0.0, "formats": {}})
-            row["bits"].append(float(matrix["bits"]))
-            row["share"] += matrix["loss"] / whole if whole else 0.0
-            of = matrix["codec"]
+            row["bits"].append(float(bits))
+            row["share"] += loss / whole if whole else 0.0
+            of = told["rules"][rule]["options"][option]
             label = f"{of['name']} {of['bits']} bit" if "bits" in of else str(of["name"])
             row["formats"][label] = row["formats"].get(label, 0) + 1
         return {"rules": told["rules"], "projections": projections}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise FormatError(f"{path}: is damaged ({type(e).__name__}: {e}); delete the folder and compress again") from e
 
 

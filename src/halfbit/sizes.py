@@ -6,7 +6,7 @@ size of the folder = rates that can be chosen x their weights
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 from halfbit.errors import RecipeError, UnknownName
@@ -20,6 +20,10 @@ from halfbit.storing import packed_tensors
 
 # bytes that manifest, index and config hold of each stored tensor, each matrix, and all in all
 PER_TENSOR, PER_MATRIX, ONCE = 560, 300, 8000
+# the same of a codec's configuration, for each of its fields, and of the choice of a matrix that has options
+PER_FIELD, PER_CHOICE = 220, 90
+# of eight stacks whose rule has options about one has all of them
+ALL_OPTIONS = 0.15
 # what ternary codes can be asked for, and with how many bits outliers are everything
 TERNARY = 0.3, 1.5
 OUTLIERS = 16.0
@@ -84,17 +88,21 @@ class Account:
         packed = packed_tensors(family.claims(), stacks, [linear for linear, _ in linears.values()])
         plain = [n for n in reader.names() if n not in packed]
         fixed = float(sum(prod(reader.shape(n)) * reader.dtype(n).itemsize for n in plain))
-        weights, least, most, parts = 0, 0.0, 0.0, 0
+        weights, least, most, parts, described = 0, 0.0, 0.0, 0.0, 0
         for rule, shape, count in matrices:
             size = count * prod(shape)
-            parts += max(len(option.codec.parts) for option in rule.options or (rule,) if option.codec is not None)
+            codecs = [option.codec for option in rule.options or (rule,) if option.codec is not None]
+            names = [len(codec.parts) for codec in codecs]
+            parts += max(names) + (ALL_OPTIONS * (sum(names) - max(names)) if count > 1 else 0)
+            described += max(len(fields(codec)) for codec in codecs)  # pyright: ignore[reportArgumentType]
             if any(rule is other for other in free):
                 low, high = _range(rule, shape)
                 weights, least, most = weights + size, least + low * size, most + high * size
             else:
                 fixed += size * (blank_bits(shape, rule) if rule.bits is None else rule.bits) / 8
         files = sum(reader.path(n).stat().st_size for n in reader.auxiliary_files())
-        about = files + PER_TENSOR * (len(plain) + parts) + PER_MATRIX * sum(count for _, _, count in matrices) + ONCE
+        about = files + int(PER_TENSOR * (len(plain) + parts)) + PER_FIELD * described + ONCE
+        about += sum(count * (PER_MATRIX + (PER_CHOICE if rule.options else 0)) for rule, _, count in matrices)
         model = sum(prod(reader.shape(n)) for n in reader.names())
         return cls(free, weights, least / weights, most / weights, int(fixed), about, model)
 
