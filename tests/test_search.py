@@ -150,7 +150,6 @@ def test_a_folder_has_the_size_that_was_asked_for(name: str, option: list[str], 
     report = json.loads(done.stdout)
     if name == "halfbit":
         assert report["packed"]["attention"]["bits_per_weight"] == pytest.approx(4.0, rel=0.01)
-        assert report["packed"]["experts"]["bits_per_weight"] != pytest.approx(2.0, rel=0.1)
     if option[0] == "--size":
         assert sum(p.stat().st_size for p in out.iterdir()) == pytest.approx(2e6, rel=0.01)
     else:
