@@ -77,31 +77,38 @@ def on_experts(name: str) -> recipe.Recipe:
 
 
 def plot(path: Path) -> None:
-    """All rows of results.csv: bits against perplexity, one panel per model and text."""
+    """All rows of results.csv: bits against KL divergence, a row of panels per model, one per text; dashed: tuned."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    # model -> text -> (recipe, tuned) -> points
+    panels: dict[str, dict[str, dict[tuple[str, bool], list[tuple[float, float]]]]] = {}
     with record.RESULTS.open() as file:
         for row in csv.DictReader(file):
             if row["bench"] != "rates":
                 continue
             bits = float(row["note"].split()[0])
-            curve = re.sub(r" [\d.]+ bits", "", row["what"])
+            name = row["what"].split(",")[0].split()[0]
             for found in ROW.finditer(row["note"]):
-                curves = panels.setdefault((row["shape"], found["text"]), {})
-                curves.setdefault(curve, []).append((bits, float(found["perplexity"])))
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
-    for axis, ((model, text), curves) in zip(axes[0], panels.items(), strict=True):
-        for curve, points in curves.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=curve)
-        axis.set(title=f"{model}, {text}", xlabel="stored bits per expert weight", ylabel="perplexity", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+                curves = panels.setdefault(row["shape"], {}).setdefault(found["text"], {})
+                curves.setdefault((name, "tuning" in row["what"]), []).append((bits, float(found["kl"])))
+    names = sorted({name for texts in panels.values() for curves in texts.values() for name, _ in curves})
+    columns = max(map(len, panels.values()))
+    figure, axes = plt.subplots(len(panels), columns, figsize=(6 * columns, 4.5 * len(panels)), squeeze=False)
+    for line, (model, texts) in zip(axes, panels.items(), strict=True):
+        for axis, (text, curves) in zip(line, texts.items(), strict=False):
+            for (name, tuned), points in curves.items():
+                style = {"color": f"C{names.index(name) % 10}", "linestyle": "--" if tuned else "-"}
+                label = f"{name}, tuned" if tuned else name
+                axis.plot(*zip(*sorted(points), strict=True), marker="x" if tuned else "o", label=label, **style)
+            axis.set(title=f"{model}, {text}", xlabel="stored bits per expert weight", yscale="log")
+            axis.set_ylabel("KL to the original, nats per token")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -132,7 +139,9 @@ def main() -> None:
             extra += ["--bits", bits] if bits else []
             if options.curves and any(rule.options for rule in chosen.rules):
                 extra += ["--curves", options.curves]
-            what = Path(name).stem + (f" {bits:g} bits" if bits else "") + (f", {steps} steps of tuning" if steps else "")
+            what = (
+                Path(name).stem + (f" {bits:g} bits" if bits else "") + (f", {steps} steps of tuning" if steps else "")
+            )
             point(options, what, extra)
 
 

@@ -360,7 +360,7 @@ def test_what_no_token_reaches_stays_and_is_saved_all_the_same(tmp_path: Path, m
     samples = causal_samples(torch.zeros(8, LENGTH, dtype=torch.int64), [])
     writer = Writer(tmp_path / "out", "this", {})
     teacher: Any = None
-    assert len(list(tuning_module._learn(student, samples, teacher, chosen().tuning, writer, "cpu"))) == 12
+    assert len(list(tuning_module._learn(student, samples, teacher, chosen().tuning, 1.0, writer, "cpu"))) == 12
     assert torch.equal(student.learned[unreached], before)
     saved = load_file(tmp_path / "out" / tuning_module.STATE)
     assert not saved[f"{unreached}#m"].any()

@@ -217,7 +217,7 @@ class Tuning:
     """0: no tuning."""
     batch_tokens: int = 2048
     learning_rate: float = 0.02
-    """Of Adam, in units of each tensor's root mean square."""
+    """Of Adam, in units of each tensor's root mean square; smaller where the compressed model is near the original."""
     codes: bool = True
     """Let ternary codes change too (straight-through); takes the memory of the experts in float32, four times."""
     dense: bool = True

@@ -45,6 +45,9 @@ SAVE_EVERY = 60.0
 # steps between two looks at the thresholds of codes that may change
 DENSITY_EVERY = 10
 WARM_UP = 0.05
+# nats from the original from which on steps are as large as the recipe says; nearer to it they shrink with the root, or
+# they would do more harm than what is left to mend (docs/LOG.md)
+FAR = 0.35
 BETAS = (0.9, 0.99)
 
 
@@ -108,7 +111,8 @@ def tune(
     student = Student(reader, compressed, tuning, device)
     yield from map(Noticed, student.notices)
     before = _measure(student.model, samples, watched, teacher, device)
-    yield from _learn(student, noisy, teacher, tuning, writer, device)
+    nearness = min(1.0, math.sqrt(max(before, 0.0) / FAR))
+    yield from _learn(student, noisy, teacher, tuning, nearness, writer, device)
     stored = student.round()
     after = _measure(student.model, samples, watched, teacher, device)
     better = after < before
@@ -226,11 +230,18 @@ class Student:
 
 
 def _learn(
-    student: Student, samples: list[Sample], teacher: Teacher, tuning: Tuning, writer: Writer, device: str
+    student: Student,
+    samples: list[Sample],
+    teacher: Teacher,
+    tuning: Tuning,
+    nearness: float,
+    writer: Writer,
+    device: str,
 ) -> Iterator[Event]:
     names, parameters = list(student.learned), list(student.learned.values())
     # a tensor moves by a share of its own size
-    rates = [tuning.learning_rate * float(p.detach().square().mean().sqrt().clamp(min=1e-8)) for p in parameters]
+    base = tuning.learning_rate * nearness
+    rates = [base * float(p.detach().square().mean().sqrt().clamp(min=1e-8)) for p in parameters]
     adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)], betas=BETAS)
     begin = _resume(writer.folder / STATE, names, student, adam)
     batches = Batches(samples, tuning.batch_tokens, tuning.seed)
