@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"bits": 7, "group": 8, "scale_bits": 16, "zero_bits": 16},
         {"bits": 3, "group": 8, "supergroup": 16, "scale_bits": 4, "zero_bits": 2, "rounding": "float16"},
     ],
-    "runlength": [{}, {"scale_bits": None}, {"scale_bits": 3, "lane": 256}, {"scale_bits": 8, "lane": 16384}],
+    "runlength": [{}, {"scale_bits": 0}, {"scale_bits": 3, "lane": 256}, {"scale_bits": 8, "lane": 16384}],
     "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
     # encodes nothing; test_mixed.py puts it through the checks of stacks
     "mixed": [],

@@ -6,6 +6,7 @@ import pytest
 
 from halfbit import recipe
 from halfbit.errors import HalfbitError, RecipeError, UnknownName
+from halfbit.formats.runlength import RunLength
 from halfbit.recipe import Recipe
 
 SPQR = "grid = { name = 'bilevel' }, codec = { name = 'spqr' }"
@@ -149,3 +150,15 @@ def test_a_recipe_file(tmp_path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(recipe.load("qmoe").to_toml().replace("damping = 0.1", "damping = 0.01"), "utf-8")
     assert recipe.load(str(path)).solving.damping == 0.01
+
+
+def test_qmoes_grid_in_our_code_survives_its_file() -> None:
+    toml = """
+        [[rules]]
+        match = "*.experts.*"
+        grid = { name = "ternary" }
+        codec = { name = "runlength", scale_bits = 0 }
+        """
+    found = Recipe.from_toml(toml)
+    assert found.rules[0].codec == RunLength(scale_bits=0)
+    assert Recipe.from_toml(found.to_toml()).rules == found.rules

@@ -153,8 +153,8 @@ def test_what_it_cannot_store_is_refused():
         RunLength().encode(replace(solution, codes=solution.codes.clamp(max=0) + 3))
     exact = Solution(Ternary("float32"), solution.codes, {"levels": torch.ones(3, 1, 2)})
     with pytest.raises(Unsupported, match="got Ternary"):
-        RunLength(scale_bits=None).encode(exact)
-    with pytest.raises(RecipeError, match="scale_bits must be 2 to 8, or None"):
+        RunLength(scale_bits=0).encode(exact)
+    with pytest.raises(RecipeError, match="scale_bits must be 2 to 8, or 0"):
         RunLength(scale_bits=9)
     with pytest.raises(RecipeError, match="lane must be a power of two"):
         RunLength(lane=1000)
@@ -198,7 +198,7 @@ def test_damaged_tensors_are_named(part: str, damage: Callable[[Tensor], Tensor]
 
 def test_damaged_levels_are_found():
     solution = deadzone(torch.full((70, 300), 0.1))
-    packed = RunLength(None).encode(Solution(Ternary(), solution.codes, {"levels": torch.ones(70, 1, 2).bfloat16()}))
+    packed = RunLength(0).encode(Solution(Ternary(), solution.codes, {"levels": torch.ones(70, 1, 2).bfloat16()}))
     levels = packed.tensors["levels"] / 0
     with pytest.raises(FormatError, match="levels has NaN or infinity"):
         packed.codec.check(Packed(packed.codec, packed.shape, packed.tensors | {"levels": levels}))

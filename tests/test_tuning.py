@@ -129,12 +129,12 @@ def packed(codec: Codec, experts: int = 3) -> tuple[Packed, Tensor]:
     w = torch.randn(experts, 10, 40, generator=torch.Generator().manual_seed(3))
     # a row in which nothing but zeros is left
     w[1, 4] = 0.0
-    grid = Ternary() if isinstance(codec, QMoE) or codec == RunLength(scale_bits=None) else Deadzone(5, spread=2.4)
+    grid = Ternary() if isinstance(codec, QMoE) or codec == RunLength(scale_bits=0) else Deadzone(5, spread=2.4)
     parts = [codec.encode(s) for s in rtn(w, None, grid, names=["a", "b", "c"])]
     return codec.stack(parts), w
 
 
-CODECS = [RunLength(), RunLength(scale_bits=None), QMoE()]
+CODECS = [RunLength(), RunLength(scale_bits=0), QMoE()]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)

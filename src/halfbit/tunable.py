@@ -238,7 +238,7 @@ def is_tunable(codec: Codec) -> bool:
 
 def grid_of(codec: Codec) -> Deadzone | Ternary:
     """The ternary grid whose solutions a codec stores."""
-    if isinstance(codec, RunLength) and codec.scale_bits is not None:
+    if isinstance(codec, RunLength) and codec.scale_bits:
         return Deadzone(codec.scale_bits)
     return Ternary()
 

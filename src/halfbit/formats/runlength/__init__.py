@@ -52,18 +52,18 @@ class RunLength:
     """Ternary matrices at about 1.02 times the entropy of their three symbols.
 
     Attributes:
-        scale_bits: of the grid `deadzone`, 2 to 8; None: the grid is `ternary`, with two bfloat16 per row.
+        scale_bits: of the grid `deadzone`, 2 to 8; 0: the grid is `ternary`, with two bfloat16 per row.
         lane: weights that one lane decodes, a power of two, 256 to 16384; None: by density, about 800 bits.
     """
 
-    scale_bits: int | None = 5
+    scale_bits: int = 5
     lane: int | None = None
 
     name: ClassVar[str] = "runlength"
 
     def __post_init__(self) -> None:
-        if self.scale_bits is not None and not 2 <= self.scale_bits <= 8:
-            raise RecipeError(f"RunLength: scale_bits must be 2 to 8, or None, got {self.scale_bits}")
+        if self.scale_bits != 0 and not 2 <= self.scale_bits <= 8:
+            raise RecipeError(f"RunLength: scale_bits must be 2 to 8, or 0, got {self.scale_bits}")
         if self.lane is not None and self.lane not in [1 << k for k in EXPONENTS]:
             raise RecipeError(f"RunLength: lane must be a power of two, 256 to 16384, or None, got {self.lane}")
 
@@ -72,7 +72,7 @@ class RunLength:
         return tuple(DTYPES)
 
     def encode(self, solution: Solution) -> Packed:
-        grid = Ternary() if self.scale_bits is None else Deadzone(self.scale_bits)
+        grid = Ternary() if self.scale_bits == 0 else Deadzone(self.scale_bits)
         if solution.grid != grid:
             raise Unsupported(f"runlength: {self!r} stores the grid {grid!r}, got {solution.grid!r}")
         if solution.outliers is not None or solution.order is not None:
@@ -95,7 +95,7 @@ class RunLength:
 
     def _scales(self, params: Params, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """scale_codes, scale_grid, levels."""
-        if self.scale_bits is None:
+        if self.scale_bits == 0:
             no_grid = torch.zeros(0, 2, dtype=torch.bfloat16)
             return torch.zeros(0, 0, dtype=torch.uint8), no_grid, params["levels"][:, 0].contiguous()
         codes = bits.pack(params["scale_codes"].reshape(1, rows), self.scale_bits)
@@ -160,7 +160,7 @@ class RunLength:
     def _levels(self, packed: Packed) -> Tensor:
         """What codes 1 and 2 stand for, float32 `[rows, 2]`."""
         t, rows = packed.tensors, packed.shape[0]
-        if self.scale_bits is None:
+        if self.scale_bits == 0:
             return t["levels"].float()
         codes = bits.unpack(t["scale_codes"], self.scale_bits, rows // len(t["exponents"]))
         of_rows = {"scale_codes": codes, "scale_grid": t["scale_grid"][:, None]}
@@ -198,11 +198,11 @@ class RunLength:
         _check_shape(t["tile_bytes"], "tile_bytes", (tiles,))
         _check_shape(t["tile_classes"], "tile_classes", (tiles,))
         one, few = (0, 0), (0, 2)
-        if self.scale_bits is not None:
+        if self.scale_bits:
             one, few = (matrices, bits.packed_bytes(rows // matrices, self.scale_bits)), (matrices, 2)
         _check_shape(t["scale_codes"], "scale_codes", one)
         _check_shape(t["scale_grid"], "scale_grid", few)
-        _check_shape(t["levels"], "levels", (rows, 2) if self.scale_bits is None else (0, 2))
+        _check_shape(t["levels"], "levels", (0, 2) if self.scale_bits else (rows, 2))
         self._check_values(t, rows // matrices)
 
     def _check_values(self, t: dict[str, Tensor], rows: int) -> None:
@@ -217,7 +217,7 @@ class RunLength:
         for part in ("levels", "scale_grid"):
             if not torch.isfinite(t[part]).all():
                 raise FormatError(f"runlength: {part} has NaN or infinity; the file is damaged", tensor=part)
-        used = rows * (self.scale_bits or 0) % 8
+        used = rows * self.scale_bits % 8
         if used and (t["scale_codes"][:, -1] >> used).any():
             raise FormatError(
                 "runlength: unused bits behind scale_codes are not 0; it is damaged", tensor="scale_codes"
