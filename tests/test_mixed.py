@@ -41,7 +41,7 @@ STACKS: dict[str, list[Codec]] = {
     "ternary and spqr": [RunLength(), SpQR(bits=2, group=8), RunLength(), RunLength(), SpQR(bits=4), RunLength()],
     "the odd one first": [SpQR(), RunLength(), RunLength()],
     "the odd one last": [RunLength(), RunLength(), Grouped(bits=4, group=5, symmetric=True)],
-    "fields differ": [RunLength(scale_bits=3), RunLength(scale_bits=5), RunLength(scale_bits=None)],
+    "fields differ": [RunLength(scale_bits=3), RunLength(scale_bits=5), RunLength(scale_bits=0)],
     "all": [QMoE(), Grouped(), SpQR(bits=8, group=None), RunLength(), Grouped(), QMoE()],
 }
 stacks = pytest.mark.parametrize("codecs", STACKS.values(), ids=STACKS)
