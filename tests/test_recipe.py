@@ -3,11 +3,13 @@
 import re
 
 import pytest
+import torch
 
 from halfbit import recipe
 from halfbit.errors import HalfbitError, RecipeError, UnknownName
 from halfbit.formats.runlength import RunLength
-from halfbit.recipe import Recipe
+from halfbit.recipe import Recipe, Solving
+from halfbit.solving import solve
 
 SPQR = "grid = { name = 'bilevel' }, codec = { name = 'spqr' }"
 TERNARY = "grid = { name = 'ternary' }, codec = { name = 'qmoe' }"
@@ -162,3 +164,13 @@ def test_qmoes_grid_in_our_code_survives_its_file() -> None:
     found = Recipe.from_toml(toml)
     assert found.rules[0].codec == RunLength(scale_bits=0)
     assert Recipe.from_toml(found.to_toml()).rules == found.rules
+
+
+def test_a_whole_number_will_do_for_a_spread() -> None:
+    toml = (
+        '[[rules]]\nmatch = "*"\ngrid = { name = "deadzone", spread = 4 }\ncodec = { name = "runlength" }\nbits = 0.8\n'
+    )
+    (rule,) = Recipe.from_toml(toml).rules
+    w = torch.randn(1, 96, 64, generator=torch.Generator().manual_seed(0))
+    (found,) = solve(w, torch.eye(64)[None], [rule], Solving(), ["a"], [])
+    assert RunLength().encode(found).bits_per_weight == pytest.approx(0.8, rel=0.01)

@@ -45,7 +45,8 @@ def from_dict(kind: type, config: dict[str, Any], member: Callable[[Any], Any] |
             given[field.name] = tuple(member(m) for m in value)
             continue
         # not isinstance: bool is an int in Python; an int will do where a float is meant
-        allowed = (*(get_args(field.type) or (field.type,)), *((int,) if field.type is float else ()))
+        allowed = get_args(field.type) or (field.type,)
+        allowed = (*allowed, *((int,) if float in allowed else ()))
         if type(value) not in allowed:
             names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
             raise FormatError(f"{kind.__name__}: {field.name} must be {names}, got {value!r}")

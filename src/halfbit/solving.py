@@ -134,7 +134,7 @@ def _at_rate(
     """With the spreads at which the batch takes the rules' bits on the mean. Rules that say nothing else share one."""
     grids = [rule.grid for rule in rules if isinstance(rule.grid, Deadzone)]
     bits = sum(rule.bits for rule in rules if rule.bits is not None) / len(rules)
-    own = [grid.spread for grid in grids if isinstance(grid.spread, float)]
+    own = [grid.spread for grid in grids if not isinstance(grid.spread, tuple)]
     spread = sum(own) / len(own)
     if set(own) == {Deadzone().spread}:
         own = [1.0] * len(own)
