@@ -5,7 +5,7 @@ what was decided is told in `allocation.json`, before anything is solved.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from halfbit import formats
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Event
 from halfbit.experts import ExpertStack
+from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.linear_groups import Chosen
 from halfbit.nn import stored_names
@@ -51,14 +52,14 @@ def settle(
     device: str,
     dtype: torch.dtype,
     file: Path,
-    identity: str,
+    identify: Callable[[], str],
 ) -> Iterator[Event | Settled]:
     """The last thing it yields is the `Settled`.
 
     Args:
-        family: of its own, since the pass through the original leaves its parts loaded.
+        family: for its structure; the pass through the original has one of its own, whose parts it leaves loaded.
         file: of the curves; read where it is there, else measured and written.
-        identity: what they were measured on: model, text, options.
+        identify: tells what they are measured on (model, text, options); asked only where there are options.
 
     Raises:
         CalibrationError: the file was measured on something else.
@@ -68,9 +69,10 @@ def settle(
     if any(rule.options for pair in pairs.values() if pair for rule in pair) or any(
         r.options for _, r in linears.values()
     ):
+        identity = identify()
         curves = _read(file, identity)
         if curves is None:
-            probe = Probe(family, recipe, pairs, linears, samples, device, dtype)
+            probe = Probe(open_family(family.reader), recipe, pairs, linears, samples, device, dtype)
             yield from probe.run()
             curves = probe.curves
             rows = {name: [c.weights, [list(astuple(x)) for x in c.choices]] for name, c in curves.items()}
@@ -117,9 +119,9 @@ def _by_rule(family: Family, pairs: Mapping[str, Pair | None], linears: Chosen) 
 def _spend(rule: Rule, curves: Mapping[str, Curve]) -> dict[str, Choice]:
     assert rule.bits is not None
     weights = sum(c.weights for c in curves.values())
-    hulls = {name: hull(c.choices) for name, c in curves.items()}
-    least, most = (sum(curves[n].weights * h[end].bits for n, h in hulls.items()) / weights for end in (0, -1))
-    if not least <= rule.bits:
+    least = sum(c.weights * min(choice.bits for choice in c.choices) for c in curves.values()) / weights
+    if rule.bits < least:
+        most = sum(c.weights * hull(c.choices)[-1].bits for c in curves.values()) / weights
         raise RecipeError(
             f"rule {rule.match!r}: {rule.bits:g} bits per weight are less than its options take; possible are "
             f"{least:.3f} to {most:.3f}"

@@ -131,12 +131,14 @@ def _compress(
         return
     rules: dict[str, tuple[list[Rule], list[Rule]] | None] = {}
     measured = writer.folder / CURVES if curves is None else Path(curves)
-    # whatever bits are asked for, tuned or not
-    anyhow = replace(recipe, name="", tuning=Tuning())
-    anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
-    identity = _fingerprint(reader, anyhow, [], samples, device)
-    steps = settle(open_family(reader), recipe, pairs, linears, samples, writer, device, dtype, measured, identity)
-    for event in steps:
+
+    def identify() -> str:
+        """Of what is measured, whatever bits are asked for, tuned or not."""
+        anyhow = replace(recipe, name="", tuning=Tuning())
+        anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
+        return _fingerprint(reader, anyhow, [], samples, device)
+
+    for event in settle(family, recipe, pairs, linears, samples, writer, device, dtype, measured, identify):
         if isinstance(event, Settled):
             rules, linears = event.experts, event.linears
         else:
