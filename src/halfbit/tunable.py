@@ -7,6 +7,7 @@ latent values, so that a matrix keeps its number of non-zeros, and with it its s
 constants, decoded: what lies before them learns through them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from halfbit import formats
-from halfbit.errors import Unsupported
 from halfbit.formats.mixed import Mixed
 from halfbit.formats.qmoe import QMoE
 from halfbit.formats.runlength import RunLength
@@ -29,25 +29,26 @@ T = TypeVar("T")
 
 
 class _Ternarized(torch.autograd.Function):
-    """Codes of latent values times scales; the latent values get the gradient of the weights."""
+    """Codes of latent values times their levels; the latent values get the gradient of the weights."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
-        codes = _signs(latent, threshold)
+    def forward(ctx: Any, latent: Tensor, low: Tensor, high: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        codes = _codes(latent, least, most)
         ctx.save_for_backward(codes)
-        return codes * scale
+        return _levels(codes, low, high)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
-        return grads[0], (grads[0] * codes).sum(-1, keepdim=True), None
+        below, above = ((grads[0] * side).sum(-1, keepdim=True) for side in (codes < 0, codes > 0))
+        return grads[0], below, above, None, None
 
 
-def _ternarized(latent: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
-    return _Ternarized.apply(latent, scale, threshold)  # pyright: ignore[reportReturnType]
+def _ternarized(latent: Tensor, low: Tensor, high: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    return _Ternarized.apply(latent, low, high, least, most)  # pyright: ignore[reportReturnType]
 
 
-def _two_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (codes > 0) * high + (codes < 0) * low
 
 
@@ -55,9 +56,9 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _signs(values: Tensor, threshold: Tensor | float) -> Tensor:
-    """int8 -1, 0, 1."""
-    return (values > threshold).to(torch.int8) - (values < -threshold).to(torch.int8)
+def _codes(values: Tensor, least: Tensor | float, most: Tensor | float) -> Tensor:
+    """int8: -1 below `least`, 1 above `most`, otherwise 0."""
+    return (values > most).to(torch.int8) - (values < least).to(torch.int8)
 
 
 class TunableMatrix(nn.Module):
@@ -74,44 +75,50 @@ class TunableMatrix(nn.Module):
         original: `[experts, out, in]`, the weights before they were compressed, to let codes change; None: they stay.
     """
 
-    edge: Tensor
+    least: Tensor
+    most: Tensor
     factor: Tensor
 
     def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
         super().__init__()
         self.codec: Codec = packed.codec
-        self.symmetric = isinstance(grid_of(packed.codec), Deadzone)
         dense = packed.codec.decode(packed).view(experts, -1, packed.shape[1])
-        codes = _signs(dense, 0.0)
+        codes = _codes(dense, 0.0, 0.0)
         high, low = dense.amax(-1, keepdim=True).clamp(min=0), dense.amin(-1, keepdim=True).clamp(max=0)
-        if self.symmetric:
+        symmetric = isinstance(grid_of(packed.codec), Deadzone)
+        if symmetric:
             high = torch.maximum(high, -low)
-        # a row of zeros has lost its scale; the mean of the others' is no worse than any
-        self.high = nn.Parameter(torch.where(high > 0, high, high.mean((1, 2), keepdim=True)))
-        self.low = None if self.symmetric else nn.Parameter(low)
+            # a row of zeros has lost its scale; the mean of the others' is no worse than any
+            high = torch.where(high > 0, high, high.mean((1, 2), keepdim=True))
+            low = -high
+        self.high = nn.Parameter(high)
+        self.low = None if symmetric else nn.Parameter(low)
         self.register_buffer("codes", codes if original is None else None)
         self.register_parameter("latent", None)
         if original is not None:
-            if not self.symmetric:
-                raise Unsupported(f"{packed.codec!r}: codes can change on the grid 'deadzone' only")
-            edge, sizes = self.high.detach() / 2, original.abs()
+            # half way to each level; a level of 0 is never reached
+            most, least = (
+                torch.where(level == 0, level + inf, level / 2) for level, inf in ((high, math.inf), (low, -math.inf))
+            )
+            edge, sizes = torch.where(original > 0, most, -least), original.abs()
             # where the solver chose otherwise than the nearest, mirrored at the threshold: on the side of its code, and
             # no nearer to changing it than the weight was
             zero = torch.where(sizes < edge, original, original.sign() * (2 * edge - sizes).clamp(min=0))
-            along = codes * original
+            edge, along = torch.where(codes > 0, most, -least), codes * original
             other = codes * torch.where(along > edge, along, 2 * edge - along)
             self.latent = nn.Parameter(torch.where(codes == 0, zero, other))
-            self.register_buffer("edge", edge)
+            self.register_buffer("least", least)
+            self.register_buffer("most", most)
             self.register_buffer("factor", torch.ones(experts, 1, 1))
             self.nonzeros = codes.ne(0).sum((1, 2)).tolist()
 
     @torch.no_grad()
     def keep_density(self) -> None:
-        """Move the threshold of each matrix to where it has as many non-zeros as it began with."""
+        """Move the thresholds of each matrix to where it has as many non-zeros as it began with."""
         if self.latent is None:
             return
         for e, count in enumerate(self.nonzeros):
-            sizes = (self.latent[e].abs() / self.edge[e].clamp(min=1e-30)).flatten()
+            sizes = torch.maximum(self.latent[e] / self.most[e], self.latent[e] / self.least[e]).flatten()
             if 0 < count < sizes.numel():
                 self.factor[e] = sizes.kthvalue(sizes.numel() - count).values
 
@@ -119,18 +126,17 @@ class TunableMatrix(nn.Module):
         """int8 `[experts, out, in]`, -1, 0 and 1."""
         if self.latent is None:
             return self.get_buffer("codes")
-        return _signs(self.latent.detach(), self.factor * self.edge)
+        return _codes(self.latent.detach(), self.factor * self.least, self.factor * self.most)
 
     def weights(self) -> list[Callable[[], Tensor]]:
         """What makes each matrix, `[out, in]`, when it is wanted."""
         # taken apart once: the gradient of one slice is a stack of zeros around it
         high = self.high.unbind(0)
-        if self.latent is not None:
-            thresholds = (self.factor * self.edge).unbind(0)
-            parts = zip(self.latent.unbind(0), high, thresholds, strict=True)
-            return [partial(_ternarized, *part) for part in parts]
         low = [-h for h in high] if self.low is None else self.low.unbind(0)
-        return [partial(_two_levels, *part) for part in zip(self.get_buffer("codes"), low, high, strict=True)]
+        if self.latent is not None:
+            edges = ((self.factor * edge).unbind(0) for edge in (self.least, self.most))
+            return [partial(_ternarized, *part) for part in zip(self.latent.unbind(0), low, high, *edges, strict=True)]
+        return [partial(_levels, *part) for part in zip(self.get_buffer("codes"), low, high, strict=True)]
 
     @torch.no_grad()
     def packed(self) -> list[Packed]:
