@@ -120,6 +120,7 @@ def test_the_first_matching_rule_wins_and_a_rule_without_codec_keeps() -> None:
         ("rules = [{ match = '*' }]\n[solving]\ntrue_sequential = 1", "true_sequential must be bool"),
         ("rules = [{ match = '*' }]\n[coverage]\nundersampled = 'zero'", "undersampled must be one of"),
         ("rules = [{ match = '*' }]\n[calibration]\nsamples = 0", "samples must be >= 1"),
+        ("rules = [{ match = '*' }]\n[calibration]\nnoise = 1.0", "noise must be in"),
         ("rules = [{ match = '*' }]\nspeed = 'fast'", "unknown field 'speed'"),
     ],
 )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from compressed import add_tokenizer, text
+from torch import Tensor
 from typer.testing import CliRunner
 
 from halfbit import recipe, search
@@ -120,6 +122,22 @@ def test_a_measured_loss_is_kept_with_fewer_bits_than_the_most(tmp_path: Path, m
     _, samples = calibration_samples(reader, open_family(reader), how, str(EXAMPLE / "calibration.txt"), every=True)
     held = samples[-held_back(len(samples), how.tuning) :]
     assert measure(load(str(tmp_path / "out")), held).loss == pytest.approx(losses[round(bits, 3)], abs=1e-3)
+
+
+def test_what_the_solver_sees_has_noise_and_what_the_loss_is_measured_on_has_none() -> None:
+    reader = Reader(str(EXAMPLE))
+    family = open_family(reader)
+    plain = recipe.load("qmoe").calibrated(samples=4, sequence_length=64)
+    noisy = plain.calibrated(noise=0.25)
+
+    def ids(how: Recipe, every: bool) -> Tensor:
+        _, found = calibration_samples(reader, family, how, str(EXAMPLE / "calibration.txt"), every=every)
+        return torch.stack([s.ids for s in found[:4]])
+
+    changed = (ids(noisy, False) != ids(plain, False)).sum(1).tolist()
+    assert changed[0] == changed[2] == 0
+    assert min(changed[1], changed[3]) > 6
+    assert torch.equal(ids(noisy, True), ids(plain, True))
 
 
 # --- size

@@ -44,7 +44,17 @@ from halfbit.linears import find_linears
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule, Tuning
-from halfbit.samples import Sample, fingerprint, load_tokenizer, longest, read_text, samples_of, tokenize, windows
+from halfbit.samples import (
+    Sample,
+    fingerprint,
+    load_tokenizer,
+    longest,
+    read_text,
+    samples_of,
+    tokenize,
+    windows,
+    with_noise,
+)
 from halfbit.storing import fingerprint_of, folder_config, packed_tensors, put_experts, put_outer
 from halfbit.tune import held_back, tune
 from halfbit.types import Packed
@@ -331,7 +341,7 @@ def with_length(recipe: Recipe, family: Family) -> Recipe:
 def calibration_samples(
     reader: Reader, family: Family, recipe: Recipe, source: str | None, *, every: bool = False
 ) -> tuple[list[str], list[Sample]]:
-    """The calibration text, and the samples that the recipe wants of it, or every sample it gives."""
+    """The calibration text, and the samples that the recipe wants of it, noise included, or every sample as it is."""
     if source is None:
         raise CalibrationError(
             "this recipe looks at data: give --calibration FILE (text or .jsonl) or a data set name; "
@@ -346,6 +356,8 @@ def calibration_samples(
     count = max(1, len(tokens) // c.sequence_length) if every else c.samples
     rows = windows(tokens, count, c.sequence_length, c.seed, origin=source)
     found = samples_of(rows, tokenizer, family.config, seed=c.seed, corruption=c.corruption, origin=source)
+    if not every:
+        found = with_noise(found, c.noise, family.config.get_text_config().vocab_size, max(c.seed, 0))
     return documents, found if c.mask_special else [s.unmasked() for s in found]
 
 

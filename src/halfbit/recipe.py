@@ -201,12 +201,17 @@ class Calibration:
     """Keep special tokens, and those that predict them, out of the Hessians (QMoE, Table 2)."""
     corruption: str = "t5"
     """Of encoder-decoder models: t5 (random spans, as T5 and QMoE) or fixed (spans of 3, closed by end-of-sequence)."""
+    noise: float = 0.0
+    """Share of the tokens that are replaced at random in every second sample, so that what is solved for one kind of text
+    serves others too."""
 
     def __post_init__(self):
         if self.corruption not in ("t5", "fixed"):
             raise RecipeError(f"corruption must be t5 or fixed, got {self.corruption!r}")
         if self.samples < 1 or self.sequence_length < 0:
             raise RecipeError(f"samples must be >= 1 and sequence_length >= 0 (0: automatic); got {self}")
+        if not 0 <= self.noise < 1:
+            raise RecipeError(f"noise must be in [0, 1), got {self.noise:g}")
 
 
 @dataclass(frozen=True)
