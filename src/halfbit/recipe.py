@@ -202,8 +202,8 @@ class Calibration:
     corruption: str = "t5"
     """Of encoder-decoder models: t5 (random spans, as T5 and QMoE) or fixed (spans of 3, closed by end-of-sequence)."""
     noise: float = 0.0
-    """Share of the tokens that are replaced at random in every second sample, so that what is solved for one kind of text
-    serves others too."""
+    """Share of the tokens that are replaced at random in every second sample, so that what is solved for one kind of
+    text serves others too."""
 
     def __post_init__(self):
         if self.corruption not in ("t5", "fixed"):
