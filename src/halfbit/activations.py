@@ -60,12 +60,14 @@ class Routed:
     Args:
         num_experts: an index outside [0, num_experts) takes no expert.
         capacity: rows expected; more are taken too, at the price of a copy.
+        every: keep rows that no expert takes, too.
 
     Attributes (after `close`):
         hidden: `[rows, width]` CPU; the rows that at least one expert takes.
         outputs: `[rows, width]` CPU; what the experts answered, added up group by group by whoever runs them.
         index, weights: `[rows, top_k]`, the experts of each row and how much they count.
         keep: bool `[rows]`, the rows that may enter a Hessian.
+        places: int64 `[rows]`, where each row stands among all rows that the module was called with.
     """
 
     hidden: Tensor
@@ -73,9 +75,10 @@ class Routed:
     index: Tensor
     weights: Tensor
     keep: Tensor
+    places: Tensor
 
-    def __init__(self, num_experts: int, capacity: int):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, capacity: int, *, every: bool = False):
+        self.num_experts, self._every = num_experts, every
         self._capacity, self._filled = capacity, 0
         self._buffer: Tensor | None = None
         self._routing: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -85,7 +88,8 @@ class Routed:
     def add(self, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> None:
         """One call of the module; `keep` `[tokens]` repeats over `hidden`'s rows where a module is given every token
         once per expert (Llama 4)."""
-        rows = ((index >= 0) & (index < self.num_experts)).any(dim=1).nonzero().squeeze(1)
+        taken = ((index >= 0) & (index < self.num_experts)).any(dim=1)
+        rows = (taken | self._every).nonzero().squeeze(1)
         start, self._filled = self._filled, self._filled + len(rows)
         if self._buffer is None:
             self._buffer = torch.empty(self._capacity, hidden.shape[1], dtype=hidden.dtype)
@@ -103,6 +107,9 @@ class Routed:
         self.hidden = self._buffer[: self._filled]
         self.index, self.weights, self.keep = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
         self.outputs = torch.zeros_like(self.hidden)
+        totals = torch.tensor([0] + [total for _, _, total in self._calls]).cumsum(0)
+        self.called = int(totals[-1])
+        self.places = torch.cat([rows + before for (_, rows, _), before in zip(self._calls, totals, strict=False)])
         self._routing.clear()
         expert, self._order = torch.sort(self.index.reshape(-1), stable=True)
         self._starts = torch.searchsorted(expert, torch.arange(self.num_experts + 1)).tolist()

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbit import native
 from halfbit.activations import Activations, Routed
 from halfbit.allocation import CURVES, Settled, settle
-from halfbit.errors import CalibrationError, RecipeError
+from halfbit.errors import CalibrationError, RecipeError, Unsupported
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
 from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
 from halfbit.experts import ExpertStack
@@ -172,7 +172,10 @@ def _compress(
             yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
     yield from map(Noticed, left_out(recipe, family, linears))
 
+    # of the compressed model, and of the original where it is followed
     encoded: Activations | None = None
+    encoded_there: Activations | None = None
+    followed = recipe.solving.asymmetric and any(rule.solver != "rtn" for pair in pairs.values() for rule in pair or ())
     if samples:
         family.load_outer(device, dtype)
     outside = {path: pair for path, pair in linears.items() if family.block_of(path) is None}
@@ -180,6 +183,7 @@ def _compress(
     yield from _outside("embedding", embeddings, None, family, recipe, writer, device)
     for part in family.stacks():
         flow = Flow(part, samples, encoded, device) if samples else None
+        original = Flow(part, samples, encoded_there, device) if samples and followed else None
         for block in part.blocks:
             number = blocks.index(block)
             done = writer.has(block)
@@ -187,6 +191,7 @@ def _compress(
             stored = writer.read(block) if done and flow else None
             yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
+            theirs = _follow(original, family, block, module, recipe, device) if original and module else {}
             pending = {path: pair for path, pair in linears.items() if family.block_of(path) == block}
             if done and stored is not None:
                 put_back(family, pending, writer, stored)
@@ -198,7 +203,7 @@ def _compress(
                 pair = rules[stack.path]
                 routed = flow.capture(block, module, stack) if flow and module is not None else None
                 if pair and not done:
-                    yield from _solve(family, stack, pair, recipe, routed, writer, device)
+                    yield from _solve(family, stack, pair, recipe, routed, theirs.pop(stack.path, None), writer, device)
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
                     run_through(family, stack, routed, recipe.solving.experts_per_batch, device, back)
@@ -222,7 +227,8 @@ def _compress(
         if part is family.stacks()[-1]:
             heads = {path: pair for path, pair in outside.items() if path not in embeddings}
             yield from _outside("head", heads, flow, family, recipe, writer, device)
-        encoded = flow.end() if flow and part is not family.stacks()[-1] else None
+        if part is not family.stacks()[-1]:
+            encoded, encoded_there = (f.end() if f else None for f in (flow, original))
 
     plain = [n for n, claim in claims.tensors.items() if claim.block is None and n not in compressed]
     put_outer(reader, plain, writer)
@@ -250,22 +256,49 @@ def _outside(
         writer.commit(unit, f"model-outer-{name}.safetensors")
 
 
+def _follow(
+    original: Flow, family: Family, block: str, module: nn.Module, recipe: Recipe, device: str
+) -> dict[str, Tensor]:
+    """The original model's samples through a block of which nothing is compressed yet.
+
+    Returns:
+        what each experts module is given, `[rows, width]` on the CPU, also rows that no expert takes.
+    """
+    given = {}
+    for stack in family.experts_of(block):
+        routed = original.capture(block, module, stack, every=True)
+        given[stack.path] = routed.hidden
+        run_through(family, stack, routed, recipe.solving.experts_per_batch, device)
+        original.give(stack, routed)
+    original.advance(block, module)
+    return given
+
+
 def _solve(
     family: Family,
     stack: ExpertStack,
     rules: tuple[list[Rule], list[Rule]],
     recipe: Recipe,
     routed: Routed | None,
+    theirs: Tensor | None,
     writer: Writer,
     device: str,
 ) -> Iterator[Event]:
-    """Solve and write the experts of one module, group by group; their outputs go to `routed`."""
+    """Solve and write the experts of one module, group by group; their outputs go to `routed`.
+
+    `theirs` is what the original gives to the module, where it is followed.
+    """
+    if routed is not None and theirs is not None and len(theirs) != routed.called:
+        raise Unsupported(
+            f"{stack.path}: is called with {routed.called} rows where the original is called with {len(theirs)}, so "
+            "rows cannot be compared; set [solving] asymmetric = false"
+        )
     packed: tuple[list[Packed], list[Packed]] = ([], [])
     tokens: list[int] = []
     for experts in batches(stack, recipe.solving.experts_per_batch):
         group = Group.read(family, stack, experts, device)
         of_group = rules[0][experts.start : experts.stop], rules[1][experts.start : experts.stop]
-        solved = solve(group, of_group, recipe, routed)
+        solved = solve(group, of_group, recipe, routed, theirs)
         yield from map(Noticed, solved.notices)
         tokens += solved.tokens
         for role, solutions in enumerate((solved.up, solved.down)):

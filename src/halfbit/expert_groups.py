@@ -16,11 +16,14 @@ from halfbit.errors import CoverageError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.recipe import Coverage, Recipe, Rule
+from halfbit.solve.drift import towards
 from halfbit.solve.hessian import Hessian, shrink
 from halfbit.solving import solve as solve_matrices
 from halfbit.types import Packed, Solution
 
 Rules = Sequence[Rule]
+# what a projection of the i-th expert is given for rows of `Routed.hidden`
+View = Callable[[int, Tensor], Tensor]
 
 # tokens that go through one expert at a time
 EXPERT_TOKENS = 8192
@@ -73,14 +76,15 @@ class Group:
             post=None if stack.post_norm is None else module.get_submodule(stack.post_norm),
         )
 
-    def hidden(self, i: int, x: Tensor) -> Tensor:
-        """What the `i`-th expert's output projection is given for tokens `x` `[tokens, in]`."""
-        h = x @ self.up[i].T
+    def hidden(self, i: int, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """What the `i`-th expert's output projection is given for tokens `x` `[tokens, in]`; with `up` for its own."""
+        h = x @ (self.up[i] if up is None else up).T
         return self.gate(h if self.up_bias is None else h + self.up_bias[i])
 
-    def output(self, i: int, x: Tensor) -> Tensor:
-        """The `i`-th expert's output for tokens `x`."""
-        y = self.hidden(i, x) @ self.down[i].T
+    def output(self, i: int, x: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The `i`-th expert's output for tokens `x`; with `weights`, input and output projection, for its own."""
+        up, down = weights or (self.up[i], self.down[i])
+        y = self.hidden(i, x, up) @ down.T
         y = y if self.down_bias is None else y + self.down_bias[i]
         return y if self.post is None else self.post(y)
 
@@ -119,12 +123,17 @@ def run_through(
 
 @dataclass(frozen=True, eq=False)
 class SolvedGroup:
-    """What was decided: solutions, one per expert, on the CPU; training tokens per expert; notices."""
+    """What was decided: solutions, one per expert, on the CPU; what they were solved on, if anything; notices."""
 
     up: list[Solution]
     down: list[Solution]
-    tokens: list[int]
+    training: "Training | None"
     notices: list[str]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Training tokens per expert."""
+        return self.training.tokens if self.training else [0] * len(self.up)
 
 
 def max_tokens(coverage: Coverage, routed: Routed) -> int:
@@ -132,28 +141,51 @@ def max_tokens(coverage: Coverage, routed: Routed) -> int:
     return max(1, int(coverage.max_tokens * routed.index.numel() / routed.num_experts))
 
 
-def solve(group: Group, rules: tuple[Rules, Rules], recipe: Recipe, routed: Routed | None) -> SolvedGroup:
+def solve(
+    group: Group, rules: tuple[Rules, Rules], recipe: Recipe, routed: Routed | None, theirs: Tensor | None = None
+) -> SolvedGroup:
     """Solve the group's input projections, then its output projections; `rules` has one of each for every expert.
 
-    `routed` is None when every rule rounds to nearest: then no Hessian is needed and the loss is under the identity.
+    Args:
+        routed: None when every rule rounds to nearest: then no Hessian is needed and the loss is under the identity.
+        theirs: what the original model gives to the experts, to solve towards what it computes from that; every row
+            that the module is called with, see `Routed.places`.
     """
     notices: list[str] = []
     if routed is None:
         eye = [torch.eye(w.shape[2], device=w.device).expand(w.shape[0], -1, -1) for w in (group.up, group.down)]
         up = solve_matrices(group.up, eye[0], rules[0], recipe.solving, group.names, notices)
         down = solve_matrices(group.down, eye[1], rules[1], recipe.solving, group.names, notices)
-        return SolvedGroup(up, down, [0] * len(group.names), notices)
+        return SolvedGroup(up, down, None, notices)
 
     training = Training.of(group, recipe, routed)
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
-    h = hessians(group, training, routed, recipe.coverage, as_it_is)
-    up = solve_matrices(group.up, h, rules[0], recipe.solving, group.names, notices)
+
+    def role(w: Tensor, rules: Rules, view: View, original: View, *, alike: bool = False) -> list[Solution]:
+        h = hessians(training, recipe.coverage, view, alike=alike)
+        if theirs is not None:
+            cross = hessians(training, recipe.coverage, view, original, alike=alike)
+            w = towards(w, h, cross, recipe.solving.damping)
+        return solve_matrices(w, h, rules, recipe.solving, group.names, notices)
+
+    def ours(_expert: int, rows: Tensor) -> Tensor:
+        return routed.hidden[rows].to(group.up)
+
+    def original(_expert: int, rows: Tensor) -> Tensor:
+        assert theirs is not None
+        return theirs[routed.places[rows]].to(group.up)
+
+    up = role(group.up, rules[0], ours, original, alike=True)
     seen = group
-    if recipe.solving.true_sequential:
+    if recipe.solving.true_sequential or theirs is not None:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
-    h = hessians(seen, training, routed, recipe.coverage, seen.hidden)
-    down = solve_matrices(group.down, h, rules[1], recipe.solving, group.names, notices)
-    return SolvedGroup(up, down, training.tokens, notices)
+    down = role(
+        group.down,
+        rules[1],
+        lambda i, rows: seen.hidden(i, ours(i, rows)),
+        lambda i, rows: group.hidden(i, original(i, rows)),
+    )
+    return SolvedGroup(up, down, training, notices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,32 +194,31 @@ class Training:
 
     Attributes:
         rows: of `Routed.hidden`, one tensor per expert.
+        gates: `[rows, 1]`, what the router weighs an expert's answers with; one tensor per expert.
         weights: what a row counts for, `[rows, 1]` with a mean square of 1; one tensor per expert.
-        pooled: `[tokens, width]`, tokens that stand for the whole layer.
+        pooled: rows that stand for the whole layer.
     """
 
     rows: list[Tensor]
+    gates: list[Tensor]
     weights: list[Tensor]
     pooled: Tensor
 
     @classmethod
     def of(cls, group: Group, recipe: Recipe, routed: Routed) -> "Training":
-        rows, weights = [], []
+        rows, gates, weights = [], [], []
         for expert in group.experts:
-            taken, gates = routed.tokens_of(expert)
+            taken, given = routed.tokens_of(expert)
             kept = routed.keep[taken].nonzero().squeeze(1)[: max_tokens(recipe.coverage, routed)]
             rows.append(taken[kept])
-            gates = gates[kept].to(group.up) if recipe.solving.router_weights else group.up.new_ones(len(kept))
-            weights.append((gates / gates.square().mean().sqrt().clamp(min=1e-30))[:, None])
-        return cls(rows, weights, routed.hidden[_spread(routed.keep)].to(group.up))
+            gates.append(given[kept].to(group.up)[:, None])
+            counts = gates[-1] if recipe.solving.router_weights else torch.ones_like(gates[-1])
+            weights.append(counts / counts.square().mean().sqrt().clamp(min=1e-30))
+        return cls(rows, gates, weights, _spread(routed.keep))
 
     @property
     def tokens(self) -> list[int]:
         return [len(rows) for rows in self.rows]
-
-
-def as_it_is(_expert: int, x: Tensor) -> Tensor:
-    return x
 
 
 def _spread(keep: Tensor) -> Tensor:
@@ -211,31 +242,34 @@ def _check_coverage(coverage: Coverage, names: list[str], tokens: list[int], not
 
 
 def hessians(
-    group: Group,
-    training: Training,
-    routed: Routed,
-    coverage: Coverage,
-    view: Callable[[int, Tensor], Tensor],
+    training: Training, coverage: Coverage, view: View, other: View | None = None, *, alike: bool = False
 ) -> Tensor:
     """`[experts, in, in]`: of each expert's own tokens, moved or replaced as the recipe's coverage says.
 
-    `view` makes of tokens what the projection is given: `as_it_is`, or the group's `hidden`.
+    Args:
+        other: for sums of other x^T in place of x x^T.
+        alike: all experts are given the same for the same row, so that the pooled sum is made once.
     """
-    train, tokens, pooled = training.rows, training.tokens, training.pooled
-    width = view(0, pooled[:1]).shape[1]
-    own = Hessian(len(train), width, device=group.up.device)
-    for i, rows in enumerate(train):
+    first = view(0, training.pooled[:1])
+    width, device = first.shape[1], first.device
+
+    def add(to: Hessian, i: int, rows: Tensor, weights: Tensor | None = None) -> None:
+        x, y = view(i, rows), None if other is None else other(i, rows)
+        if weights is not None:
+            x, y = x * weights, None if y is None else y * weights
+        to.add(x, i, y)
+
+    own = Hessian(len(training.rows), width, device=device)
+    for i, rows in enumerate(training.rows):
         for chunk, weights in zip(rows.split(EXPERT_TOKENS), training.weights[i].split(EXPERT_TOKENS), strict=True):
-            own.add(view(i, routed.hidden[chunk].to(group.up)) * weights, i)
+            add(own, i, chunk, weights)
     if coverage.undersampled == "shrink":
-        # the input projections of all experts look at the same pooled tokens
-        views = 1 if view is as_it_is else len(train)
-        everyone = Hessian(views, width, device=group.up.device)
-        for i in range(views):
-            everyone.add(view(i, pooled), i)
-        return shrink(own.sum, own.tokens, everyone.sum, len(pooled), coverage.shrink_tokens)
+        everyone = Hessian(1 if alike else len(training.rows), width, device=device)
+        for i in range(len(everyone.tokens)):
+            add(everyone, i, training.pooled)
+        return shrink(own.sum, own.tokens, everyone.sum, len(training.pooled), coverage.shrink_tokens)
     h = own.sum
-    for i, n in enumerate(tokens):
+    for i, n in enumerate(training.tokens):
         if n < coverage.floor:
             h[i] = torch.eye(width, device=h.device)
     return h

@@ -194,9 +194,12 @@ class Flow:
                 hook.remove()
         watch.end()
 
-    def capture(self, block: str, module: nn.Module, stack: ExpertStack) -> Routed:
-        """What `stack` is given by all samples; experts before it in the same block replay their outputs."""
-        routed = Routed(stack.num_experts, len(self.activations.buffer))
+    def capture(self, block: str, module: nn.Module, stack: ExpertStack, *, every: bool = False) -> Routed:
+        """What `stack` is given by all samples; experts before it in the same block replay their outputs.
+
+        With `every`, rows that no expert takes are among it.
+        """
+        routed = Routed(stack.num_experts, len(self.activations.buffer), every=every)
         starts = self.activations.starts
         for number, batch in enumerate(self._batches):
             keep = self.activations.keep[starts[batch.start] : starts[batch.stop]]

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from halfbit.activations import Activations, Routed
 from halfbit.errors import RecipeError
 from halfbit.events import Event, Probed
-from halfbit.expert_groups import Group, Training, as_it_is, batches, hessians, run_through
+from halfbit.expert_groups import Group, Training, batches, hessians, run_through
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow
@@ -219,8 +219,14 @@ class Probe:
                 continue
             rule = self._rules[stack.path][which == "down"]
             w = getattr(group, which)
-            view = as_it_is if which == "up" else group.hidden
-            h = hessians(group, training, routed, self._recipe.coverage, view)
+
+            alike = which == "up"
+
+            def view(i: int, rows: Tensor, alike: bool = alike) -> Tensor:
+                x = routed.hidden[rows].to(group.up)
+                return x if alike else group.hidden(i, x)
+
+            h = hessians(training, self._recipe.coverage, view, alike=alike)
             names = [f"{n}.{projection}" for n in group.names]
             compressed = w.clone()
             for choices, dense in self._solved(rule, w, h, names):

@@ -163,6 +163,11 @@ class Solving:
     router_weights: bool = False
     """An expert's tokens count in its Hessians as much as in the layer's output: by the router's weights, squared."""
 
+    asymmetric: bool = False
+    """Experts are solved towards what the original model computes from its own activations, so that each makes up for
+    what was compressed before it (GPTAQ); output projections then see what comes from the compressed input projections.
+    The original's activations are kept beside the compressed model's."""
+
     def __post_init__(self):
         if not 0 < self.damping < inf or self.block < 1 or self.experts_per_batch < 1:
             raise RecipeError(f"damping must be > 0, block and experts_per_batch >= 1; got {self}")

@@ -27,6 +27,9 @@ from halfbit.types import Codec, Packed, Solution
 
 T = TypeVar("T")
 
+# steps between two looks at the thresholds of codes that may change
+DENSITY_EVERY = 10
+
 
 class _Ternarized(torch.autograd.Function):
     """Codes of latent values times their levels; the latent values get the gradient of the weights."""
@@ -220,10 +223,14 @@ class TunableStack(nn.Module):
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """Grouped product, see `Codec.product`; differentiable."""
-        weights = self._in_order([m.weights() for m in self._members()])
+        weights = self.weights()
         bounds = enumerate(pairwise(starts.tolist()))
         parts = [x[first:last] @ weights[e]().T for e, (first, last) in bounds if last > first]
         return torch.cat(parts) if parts else x.new_empty(0, self._out)
+
+    def weights(self) -> list[Callable[[], Tensor]]:
+        """See `TunableMatrix.weights`."""
+        return self._in_order([m.weights() for m in self._members()])
 
     def packed(self) -> list[Packed]:
         """The matrices as they are stored; what learned is rounded to that."""

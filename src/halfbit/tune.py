@@ -29,12 +29,13 @@ from halfbit.expert_groups import Group
 from halfbit.families import open_family
 from halfbit.family import Family, read_config
 from halfbit.layout import Entry, stored_name
+from halfbit.learner import Learner
 from halfbit.nn import PackedExperts, PackedLinear, stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import ROUTERS, Tuning
 from halfbit.samples import Sample, with_noise
 from halfbit.teacher import ask, divergence
-from halfbit.tunable import TunableExperts, TunableMatrix, TunableStack, frozen, is_tunable
+from halfbit.tunable import DENSITY_EVERY, TunableExperts, TunableMatrix, TunableStack, frozen, is_tunable
 from halfbit.types import Packed
 from halfbit.writer import INDEX, Writer, read_manifest
 
@@ -42,13 +43,9 @@ TEACHER = ".teacher.safetensors"
 STATE = ".tuning.safetensors"
 # seconds of work that a kill may cost
 SAVE_EVERY = 60.0
-# steps between two looks at the thresholds of codes that may change
-DENSITY_EVERY = 10
-WARM_UP = 0.05
 # nats from the original from which on steps are as large as the recipe says; nearer to it they shrink with the root, or
 # they would do more harm than what is left to mend (docs/LOG.md)
 FAR = 0.35
-BETAS = (0.9, 0.99)
 
 
 class Batches:
@@ -239,26 +236,16 @@ def _learn(
     device: str,
 ) -> Iterator[Event]:
     names, parameters = list(student.learned), list(student.learned.values())
-    # a tensor moves by a share of its own size
-    base = tuning.learning_rate * nearness
-    rates = [base * float(p.detach().square().mean().sqrt().clamp(min=1e-8)) for p in parameters]
-    adam = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)], betas=BETAS)
+    learner = Learner(parameters, tuning.learning_rate * nearness, tuning.steps)
+    adam = learner.adam
     begin = _resume(writer.folder / STATE, names, student, adam)
     batches = Batches(samples, tuning.batch_tokens, tuning.seed)
     saved = time.monotonic()
     for step in range(begin, tuning.steps):
-        share = min(1.0, (step + 1) / max(1, round(WARM_UP * tuning.steps)))
-        share *= 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
-        for group, rate in zip(adam.param_groups, rates, strict=True):
-            group["lr"] = rate * share
-        adam.zero_grad(set_to_none=True)
+        learner.begin(step)
         loss = _loss(student.model, samples, batches[step], teacher, device)
         loss.backward()
-        for parameter in parameters:
-            # an expert alone in its format may have no tokens in a step
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        adam.step()
+        learner.end()
         if (step + 1) % DENSITY_EVERY == 0 or step + 1 == tuning.steps:
             for matrix in student.with_codes.values():
                 matrix.keep_density()

@@ -46,10 +46,12 @@ class Hessian:
         self.sum = torch.zeros(experts, width, width, device=device)
         self.tokens = torch.zeros(experts, dtype=torch.int64)
 
-    def add(self, x: Float[Tensor, "tokens in"], expert: int = 0) -> None:
-        """What one expert saw."""
+    def add(
+        self, x: Float[Tensor, "tokens in"], expert: int = 0, other: Float[Tensor, "tokens in"] | None = None
+    ) -> None:
+        """What one expert saw; with `other`, what it would have seen elsewhere: the sum is then of other x^T."""
         x = x.to(self.sum.device, torch.float32)
-        self.sum[expert].addmm_(x.T, x)
+        self.sum[expert].addmm_((x if other is None else other.to(x)).T, x)
         self.tokens[expert] += x.shape[0]
 
     def add_sorted(self, x: Float[Tensor, "tokens in"], starts: Int[Tensor, " bounds"]) -> None:
