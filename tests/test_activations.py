@@ -28,6 +28,7 @@ def test_routing_is_gathered_by_expert_and_replayed_in_place(capacity: int) -> N
     routed.close()
     assert routed.hidden[:, 0].tolist() == [0, 4, 6, 100, 102, 106]  # rows that no expert takes are not kept
     assert routed.keep.tolist() == [True, False, True, True, True, True]
+    assert (routed.places.tolist(), routed.called) == ([0, 2, 3, 4, 5, 7], 8)
     for expert in range(3):
         rows, weights = routed.tokens_of(expert)
         at = (routed.index == expert).nonzero()
@@ -46,3 +47,14 @@ def test_a_module_given_every_token_once_per_expert_masks_by_token() -> None:
     index = torch.tensor([[0], [2], [0], [2], [1], [1]])
     routed.add(torch.rand(6, 2), index, torch.ones(6, 1), torch.tensor([True, False, False]))
     assert routed.close().keep.tolist() == [True, False, False, False]
+
+
+def test_rows_that_no_expert_takes_are_kept_where_every_row_is_asked_for() -> None:
+    routed = Routed(num_experts=2, capacity=3, every=True)
+    x = torch.arange(6.0).view(3, 2)
+    routed.add(x, torch.tensor([[0], [2], [1]]), torch.ones(3, 1), torch.ones(3).bool())
+    routed.close()
+    assert torch.equal(routed.hidden, x)
+    assert [routed.tokens_of(e)[0].tolist() for e in range(2)] == [[0], [2]]
+    routed.outputs += 1
+    assert routed.answer(0).tolist() == [[1, 1], [1, 1], [1, 1]]
