@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from halfbit import native
+from halfbit.formats._grouped_product import one_group
 from halfbit.formats.qmoe import QMoE
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.bilevel import Bilevel
@@ -114,7 +115,7 @@ class Case:
             raise SystemExit(f"wrong result: error {got:.3g}, allowed {allowed:.3g}; nothing was timed")
 
     def product(self, x: Tensor, operands: list[Tensor]) -> Tensor:
-        return self.codec.product(x, torch.tensor([0, len(x)]), operands, self.out)
+        return self.codec.product(x, one_group(x.shape[0]), operands, self.out)
 
     def time(self, tokens: int, dtype: torch.dtype, repetitions: int) -> dict[str, list[float]]:
         x = torch.randn(tokens, self.columns)

@@ -189,3 +189,23 @@ def test_what_it_cannot_do_is_said():
         cpu.product(torch.ones(1, 2000), torch.tensor([0, 1]), *operands, tables().entries, 4)
     with pytest.raises(ValueError, match="codes must be"):
         cpu.encode(torch.full((1, 4), 3, dtype=torch.uint8), Lanes(1, 4, 8))
+
+
+def test_other_tensors_than_expected_are_refused():
+    lanes = Lanes(3, 40, 8)
+    stream, tile_bytes, of_tile = cpu.encode(ternary(3, 40), lanes)
+    k = torch.tensor([8], dtype=torch.uint8)
+    good = [torch.tensor([0, 1]), stream, offsets_of(tile_bytes), of_tile, k, random_levels(3), tables().entries]
+    assert cpu.product(torch.ones(1, 40), *good, out_features=3).shape == (1, 3)
+    for n, tensor in enumerate(good):
+        others = {
+            "another dtype": tensor.double(),
+            "strides": torch.stack([tensor, tensor], -1)[..., 0],
+            "another dimension": tensor[None],
+        }
+        for what, other in others.items():
+            if other.numel() == 1 and what == "strides":
+                continue  # one number has no strides
+            operands = [*good[:n], other, *good[n + 1 :]]
+            with pytest.raises(ValueError, match=r"expected a contiguous tensor of \d dim.*got \d+ bits.*stride"):
+                cpu.product(torch.ones(1, 40), *operands, out_features=3)

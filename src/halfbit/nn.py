@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from halfbit import formats
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack
+from halfbit.formats._grouped_product import one_group
 from halfbit.layout import Entry, packed_name
 from halfbit.linears import WEIGHT
 from halfbit.types import Codec, Packed
@@ -331,7 +332,7 @@ class PackedExperts(nn.Module):
 @torch.library.custom_op("halfbit::linear", mutates_args=())
 def linear_op(x: Tensor, operands: list[Tensor], codec: str, out_features: int) -> Tensor:
     """`[tokens, in]` -> `[tokens, out]` from one packed matrix, as one op for torch.compile; `codec` is JSON."""
-    return _codec(codec).product(x, torch.tensor([0, x.shape[0]]), operands, out_features)
+    return _codec(codec).product(x, one_group(x.shape[0]), operands, out_features)
 
 
 @linear_op.register_fake

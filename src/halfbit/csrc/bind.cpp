@@ -5,11 +5,13 @@
 
 #include "extension.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 NB_MODULE(_C, m) {
+    halfbit::find_exchange();
     m.doc() = "CPU kernels of halfbit; use them through the formats' cpu.py";
     m.def("isa", [] { return halfbit::isa_names[static_cast<int>(halfbit::active_isa.load())]; },
           "The instructions in use: portable, avx2, avx512 or avx512vnni.");

@@ -21,10 +21,8 @@ WEIGHTS_AT_ONCE = 1 << 20
 
 def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.encode`."""
-    codes = codes.contiguous()
-    arrays = _described(limits(), torch.int64), _described(tables().entries, torch.int32)
-    described = _described(codes, torch.uint8), lanes.exponent, *arrays
-    stream, tile_bytes, of_tile = _extension().runlength_encode(*described, torch.get_num_threads())
+    arguments = codes.contiguous(), lanes.exponent, limits(), tables().entries
+    stream, tile_bytes, of_tile = _extension().runlength_encode(*arguments, torch.get_num_threads())
     return torch.from_numpy(stream), torch.from_numpy(tile_bytes), torch.from_numpy(of_tile)
 
 
@@ -47,26 +45,26 @@ def product(
     out_features: int,
 ) -> Tensor:
     """See `Codec.product`: straight from the stream where a matrix has few tokens, else some decoded rows at a time."""
-    if x.dtype not in INPUTS or x.ndim != 2 or x.device.type != "cpu":
+    if x.dtype not in INPUTS or x.ndim != 2 or not x.is_cpu:
         raise Unsupported(
             f"runlength/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
-    tiles = [stream, offsets, of_tile, entries]
+    operands = [stream, offsets, of_tile, exponents, levels, entries]
     if x.shape[0] < TOKENS_TO_DECODE:
         # as below, without the time that looking at the groups takes
-        return _few(x, starts, tiles, exponents, levels, out_features).to(x.dtype)
+        return _few(x, starts, operands, out_features)
     counts = starts.diff()
     many = counts >= TOKENS_TO_DECODE
     if not many.any():
-        return _few(x, starts, tiles, exponents, levels, out_features).to(x.dtype)
+        return _few(x, starts, operands, out_features)
     y = x.new_empty(x.shape[0], out_features)
     if not many.all():
         # the groups with many tokens have none here
         few = torch.cat([starts[:1], torch.where(many, 0, counts).cumsum(0)])
         rows = torch.arange(x.shape[0])[~many.repeat_interleave(counts)]
-        y[rows] = _few(x[rows], few, tiles, exponents, levels, out_features).to(x.dtype)
-    first = 0
+        y[rows] = _few(x[rows], few, operands, out_features)
+    tiles, first = [stream, offsets, of_tile, entries], 0
     for g, exponent in enumerate(exponents.tolist()):
         lanes = Lanes(out_features, x.shape[1], exponent)
         if many[g]:
@@ -76,20 +74,16 @@ def product(
     return y
 
 
-def _few(
-    x: Tensor, starts: Tensor, tiles: list[Tensor], exponents: Tensor, levels: Tensor, out_features: int
-) -> Tensor:
-    """float32 `[tokens, out]`."""
+def _few(x: Tensor, starts: Tensor, operands: list[Tensor], out_features: int) -> Tensor:
+    """`[tokens, out]`."""
+    # no call of torch that is not needed: once other weights have passed the caches, each takes 10 to 50 microseconds
     y = torch.empty(x.shape[0], out_features)
-    stream, offsets, of_tile, entries = _arrays(tiles)
-    operands = stream, offsets, of_tile, _described(exponents, torch.uint8), _described(levels, torch.float32), entries
-    inputs = x.detach().to(torch.float32).contiguous()
-    tokens = _described(inputs, torch.float32), _described(starts, torch.int64)
+    inputs = (x if x.dtype == torch.float32 else x.float()).contiguous()
     try:
-        _extension().runlength_product(*tokens, operands, _described(y, torch.float32), torch.get_num_threads())
+        _extension().runlength_product(inputs, starts, operands, y, torch.get_num_threads())
     except RuntimeError as error:
         raise _damaged(error) from None
-    return y
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _many(x: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, y: Tensor) -> None:
@@ -107,28 +101,11 @@ def _many(x: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels:
 def _decode(tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, band: int, to: Tensor) -> None:
     """The rows from `band` on, as many as `to` has, as codes or as weights."""
     last = min(lanes.bands, band + -(-to.shape[0] // (LANES * lanes.height)))
-    matrix = first_tile, lanes.exponent, lanes.rows, _described(levels, torch.float32)
-    place = _described(to, to.dtype), to.dtype == torch.float32
+    matrix = first_tile, lanes.exponent, lanes.rows, levels
     try:
-        _extension().runlength_decode(_arrays(tiles), *matrix, band, last, *place, torch.get_num_threads())
+        _extension().runlength_decode(tiles, *matrix, band, last, to, torch.get_num_threads())
     except RuntimeError as error:
         raise _damaged(error) from None
-
-
-def _arrays(tiles: list[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """stream, offsets, classes and entries as the extension takes them."""
-    dtypes = torch.uint8, torch.int64, torch.uint8, torch.int32
-    return tuple(_described(t, dtype) for t, dtype in zip(tiles, dtypes, strict=True))
-
-
-def _described(t: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Address and sizes, which is all that the extension is told of a tensor."""
-    if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
-        raise ValueError(
-            f"runlength/cpu: expected a contiguous {dtype} tensor on the CPU, "
-            f"got {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}"
-        )
-    return (t.data_ptr(), *t.shape)
 
 
 def _extension() -> Any:

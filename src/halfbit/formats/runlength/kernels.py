@@ -27,7 +27,7 @@ def decode(stream: Tensor, offsets: Tensor, of_tile: Tensor, entries: Tensor, la
 
 
 def _of(t: Tensor) -> ModuleType:
-    return cpu if native.extension is not None and t.device.type == "cpu" else reference
+    return cpu if native.extension is not None and t.is_cpu else reference
 
 
 def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:

@@ -33,11 +33,11 @@
 #include <vector>
 
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 
 #include "extension.h"
 #include "isa.h"
 #include "parallel.h"
+#include "tensors.h"
 
 #ifdef HALFBIT_X86
 #include <immintrin.h>
@@ -45,6 +45,8 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using halfbit::array;
+using halfbit::Array;
 using halfbit::Isa;
 
 namespace {
@@ -130,6 +132,7 @@ struct Stream {
     int64_t count;
     const int64_t *offsets;
     const uint8_t *classes;
+    int64_t tiles;
     std::vector<std::unique_ptr<const Table>> tables;  // of the classes that occur
 
     void check(int64_t tile) const {
@@ -137,6 +140,7 @@ struct Stream {
             throw std::runtime_error("tile " + std::to_string(tile) + ": its bytes or its class are not among those there are");
     }
     const Table &table(int64_t tile) const { return *tables[classes[tile]]; }
+    int64_t ahead(int64_t tile, int64_t other) const { return offsets[std::min(other, tiles)] - offsets[tile]; }
 };
 
 // The bytes of one tile, such that `spare` bytes can be read behind the last.
@@ -199,9 +203,11 @@ struct Job {
     States states;
     Steps steps;
     bool more;  // a lane has weights left
+    int64_t ahead;  // bytes from this tile to the one that will be decoded in its place, which are fetched on the way
 
-    Job(const Stream &from, int64_t index, const Tile &shape)
-        : tile(shape), bytes(from, index, shape), table(&from.table(index)), more(true) {
+    Job(const Stream &from, int64_t index, const Tile &shape, int64_t following)
+        : tile(shape), bytes(from, index, shape), table(&from.table(index)), more(true),
+          ahead(from.ahead(index, following)) {
         states.begin(bytes, tile);
     }
 };
@@ -270,25 +276,6 @@ Kernels kernels(Isa isa) {
     return portable::kernels();
 }
 
-// A contiguous tensor on the CPU as Python describes it: an address and sizes. Taking nine tensors by DLPack would last as
-// long as a product with a small matrix; `cpu.py` looks at their dtypes, devices and strides.
-template <class T, size_t N>
-struct Array {
-    T *start;
-    std::array<int64_t, N> sizes;
-
-    T *data() const { return start; }
-    int64_t shape(size_t i) const { return sizes[i]; }
-};
-
-template <class T, size_t N>
-Array<T, N> array(const nb::handle &described) {
-    const auto numbers = nb::cast<std::array<int64_t, N + 1>>(described);
-    Array<T, N> a{reinterpret_cast<T *>(static_cast<uintptr_t>(numbers[0])), {}};
-    std::copy(numbers.begin() + 1, numbers.end(), a.sizes.begin());
-    return a;
-}
-
 using Entries = Array<const int32_t, 2>;
 
 // The operands in the order of `RunLength.runtime`, but levels.
@@ -296,7 +283,7 @@ Stream stream(const Array<const uint8_t, 1> &bytes, const Array<const int64_t, 1
               const Array<const uint8_t, 1> &classes, const Entries &entries) {
     if (entries.shape(0) != 64 || entries.shape(1) != 256) throw std::invalid_argument("entries must be [64, 256]");
     if (offsets.shape(0) != classes.shape(0) + 1) throw std::invalid_argument("tile offsets and classes do not fit together");
-    Stream from{bytes.data(), bytes.shape(0), offsets.data(), classes.data(), {}};
+    Stream from{bytes.data(), bytes.shape(0), offsets.data(), classes.data(), classes.shape(0), {}};
     from.tables.resize(64);
     for (int64_t i = 0; i < classes.shape(0); ++i) {
         auto &table = from.tables[classes.data()[i] & 63];
@@ -412,7 +399,7 @@ nb::tuple encode(Array<const uint8_t, 2> codes, int64_t exponent, Array<const in
 // Each non-zero of a tile: put(lane, place, code).
 template <class Put>
 void each(const Kernels &kernels, const Stream &from, int64_t index, const Tile &tile, const Put &put) {
-    Job job(from, index, tile);
+    Job job(from, index, tile, index + 1);
     while (job.more) {
         kernels.next(&job, 1);
         for (int64_t i = 0; i < job.steps.count * lanes_of_tile; ++i)
@@ -482,19 +469,21 @@ struct Pass {
 void pack(Pass &pass, const float *x, const Cut &cut) {
     const int64_t lanes = pass.lanes, columns = cut.columns;
     pass.x = floats((columns + cut.segments) * lanes);
+    x += pass.first * columns;
     for (int64_t segment = 0; segment < cut.segments; ++segment) {
         const int64_t begin = segment * cut.width, end = std::min(begin + cut.width, columns);
         float *to = pass.x.get() + (begin + segment) * lanes;
         std::fill_n(to, lanes, 0.0f);
         to += lanes - begin * lanes;
+        if (pass.add) {
+            for (int64_t c = begin; c < end; ++c) to[2 * c] = -x[c], to[2 * c + 1] = x[c];
+            continue;
+        }
         // 16 columns at a time, so that both sides stay in whole cache lines
         for (int64_t first = begin; first < end; first += 16)
-            for (int64_t t = 0; t < lanes; ++t) {
-                const bool there = t < pass.tokens || pass.add;
-                const float *from = x + (pass.first + (pass.add ? 0 : t)) * columns;
-                const float sign = pass.add && t == 0 ? -1.0f : 1.0f;
-                for (int64_t c = first; c < std::min(first + 16, end); ++c) to[c * lanes + t] = there ? sign * from[c] : 0.0f;
-            }
+            for (int64_t t = 0; t < lanes; ++t)
+                for (int64_t c = first; c < std::min(first + 16, end); ++c)
+                    to[c * lanes + t] = t < pass.tokens ? x[t * columns + c] : 0.0f;
     }
 }
 
@@ -561,8 +550,9 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         std::fill_n(sums.get(), count * height * width, 0.0f);
         for (int64_t segment = 0; segment < cut.segments; ++segment) {
             const auto job = [&](int64_t i) {
-                const int64_t tile = (band + i) * cut.segments + segment;
-                return Job(from, tiles[pass.matrix] + tile, Tile(cut, tile));
+                const int64_t tile = (band + i) * cut.segments + segment, number = tiles[pass.matrix] + tile;
+                const int64_t following = number + 1 + (segment + 1 < cut.segments ? 0 : cut.segments);
+                return Job(from, number, Tile(cut, tile), following);
             };
             // the second one stands for nothing where there is one band
             Job jobs[2] = {job(0), job(count - 1)};
@@ -583,28 +573,28 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
 }  // namespace
 
 HALFBIT_BINDINGS(runlength) {
-    m.def("runlength_encode", [](nb::tuple codes, int64_t exponent, nb::tuple limits, nb::tuple entries, int threads) {
+    m.def("runlength_encode", [](nb::handle codes, int64_t exponent, nb::handle limits, nb::handle entries, int threads) {
         return encode(array<const uint8_t, 2>(codes), exponent, array<const int64_t, 1>(limits),
                       array<const int32_t, 2>(entries), threads);
     }, "codes"_a, "exponent"_a, "limits"_a, "entries"_a, "threads"_a,
-          "codes uint8 [rows, columns] -> stream uint8 [n], bytes int32 [tiles], classes uint8 [tiles]; tensors as "
-          "(address, sizes)");
-    m.def("runlength_decode", [](nb::tuple t, int64_t tile, int64_t exponent, int64_t rows, nb::tuple levels, int64_t first,
-                                 int64_t last, nb::tuple to, bool weights, int threads) {
+          "codes uint8 [rows, columns] -> stream uint8 [n], bytes int32 [tiles], classes uint8 [tiles]");
+    m.def("runlength_decode", [](nb::list t, int64_t tile, int64_t exponent, int64_t rows, nb::handle levels, int64_t first,
+                                 int64_t last, nb::handle to, int threads) {
         const auto bytes = array<const uint8_t, 1>(t[0]);
         const auto offsets = array<const int64_t, 1>(t[1]);
         const auto classes = array<const uint8_t, 1>(t[2]);
         const auto entries = array<const int32_t, 2>(t[3]);
         const auto values = array<const float, 2>(levels);
-        const auto as_codes = array<uint8_t, 2>(to);
-        const auto as_weights = array<float, 2>(to);
-        const nb::gil_scoped_release release;
-        if (weights) decode(bytes, offsets, classes, entries, tile, exponent, rows, values, first, last, as_weights, threads);
-        else decode(bytes, offsets, classes, entries, tile, exponent, rows, values, first, last, as_codes, threads);
-    }, "tensors"_a, "tile"_a, "exponent"_a, "rows"_a, "levels"_a, "first"_a, "last"_a, "to"_a, "weights"_a, "threads"_a,
+        const auto into = [&](const auto &place) {
+            const nb::gil_scoped_release release;
+            decode(bytes, offsets, classes, entries, tile, exponent, rows, values, first, last, place, threads);
+        };
+        if (halfbit::described(to).dtype == nb::dtype<float>()) into(array<float, 2>(to));
+        else into(array<uint8_t, 2>(to));
+    }, "tensors"_a, "tile"_a, "exponent"_a, "rows"_a, "levels"_a, "first"_a, "last"_a, "to"_a, "threads"_a,
           "Bands first to last of the matrix of `rows` rows whose tiles begin at `tile` -> into codes uint8 or weights "
-          "float32 [rows of the bands, columns]; tensors: stream, offsets, classes, entries as (address, sizes)");
-    m.def("runlength_product", [](nb::tuple x, nb::tuple starts, nb::tuple t, nb::tuple y, int threads) {
+          "float32 [rows of the bands, columns]; tensors: stream, offsets, classes, entries");
+    m.def("runlength_product", [](nb::handle x, nb::handle starts, nb::list t, nb::handle y, int threads) {
         const auto inputs = array<const float, 2>(x);
         const auto begins = array<const int64_t, 1>(starts);
         const auto bytes = array<const uint8_t, 1>(t[0]);
@@ -618,5 +608,5 @@ HALFBIT_BINDINGS(runlength) {
         product(inputs, begins, bytes, offsets, classes, exponents, levels, entries, outputs, threads);
     }, "x"_a, "starts"_a, "tensors"_a, "y"_a, "threads"_a,
           "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]; tensors: what "
-          "`RunLength.runtime` gives, as (address, sizes)");
+          "`RunLength.runtime` gives");
 }

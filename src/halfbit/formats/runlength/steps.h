@@ -96,7 +96,12 @@ inline void add(const Steps &steps, const Tile &tile, const float *levels, const
     for (int lane = 0; lane < tile.lanes; lane += abreast) {
         float sum[abreast] = {};
         for (int64_t step = 0; step < steps.count; ++step)
-            for (int i = 0; i < abreast; ++i) sum[i] += x[steps.index[step * lanes_of_tile + lane + i]];
+            for (int i = 0; i < abreast; i += 2) {
+                // two places by one load, since loads are what it waits for
+                uint32_t two;
+                std::memcpy(&two, steps.index + step * lanes_of_tile + lane + i, sizeof two);
+                sum[i] += x[two & 0xffff], sum[i + 1] += x[two >> 16];
+            }
         for (int i = 0; i < std::min(abreast, tile.lanes - lane); ++i) sums[lane + i] += levels[2 * (lane + i) + 1] * sum[i];
     }
 }

@@ -34,16 +34,17 @@ struct Walk {
 
     void step(const Registers &table, Job &job) {
         if (at > job.bytes.end) job.bytes.damaged();
+        _mm_prefetch(reinterpret_cast<const char *>(at + job.ahead), _MM_HINT_T0);
         const __m512i low = _mm512_set1_epi16(255), one = _mm512_set1_epi16(1), two = _mm512_set1_epi16(2);
         // the 32 bytes behind `at` may be read: there are `spare` ones
         const __m512i next = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)));
-        const __m512i found = _mm512_mask_blend_epi8(_mm512_movepi8_mask(state),
-                                                     _mm512_permutex2var_epi8(table.symbols[0], state, table.symbols[1]),
-                                                     _mm512_permutex2var_epi8(table.symbols[2], state, table.symbols[3]));
-        const __m512i symbol = _mm512_and_si512(found, low);
-        const __m512i slots =
-            _mm512_and_si512(_mm512_permutex2var_epi8(table.slots_of[0], symbol, table.slots_of[1]), low);
-        const __m512i begin = _mm512_and_si512(_mm512_permutex2var_epi8(table.first[0], symbol, table.first[1]), low);
+        // bytes that are looked up are the low ones of 16 bits
+        constexpr __mmask64 even = 0x5555555555555555;
+        const __m512i symbol = _mm512_mask_blend_epi8(
+            _mm512_movepi8_mask(state), _mm512_maskz_permutex2var_epi8(even, table.symbols[0], state, table.symbols[1]),
+            _mm512_maskz_permutex2var_epi8(even, table.symbols[2], state, table.symbols[3]));
+        const __m512i slots = _mm512_maskz_permutex2var_epi8(even, table.slots_of[0], symbol, table.slots_of[1]);
+        const __m512i begin = _mm512_maskz_permutex2var_epi8(even, table.first[0], symbol, table.first[1]);
         const __m512i number = _mm512_sub_epi16(_mm512_and_si512(state, low), begin);
         const __m512i after = _mm512_add_epi16(_mm512_mullo_epi16(slots, _mm512_srli_epi16(state, 8)), number);
         const __mmask32 takes = _mm512_mask_cmple_epu16_mask(live, after, low);

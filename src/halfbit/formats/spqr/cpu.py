@@ -36,23 +36,23 @@ def decode(tensors: list[Tensor], form: Form) -> Tensor:
 
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
     """See `Codec.product`: by the extension, or through torch some decoded rows at a time, where that is faster."""
-    if x.dtype not in INPUTS or x.ndim != 2 or x.device.type != "cpu":
+    if x.dtype not in INPUTS or x.ndim != 2 or not x.is_cpu:
         raise Unsupported(
             f"spqr/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
     if x.shape[0] < TOKENS_TO_DECODE or (native.isa() != "portable" and _computed_in(x.dtype) == torch.float32):
-        return _few(x, starts, tensors, form).to(x.dtype)
+        return _few(x, starts, tensors, form)
     operands, counts = Operands(*tensors), starts.diff()
     many = counts >= TOKENS_TO_DECODE
     if not many.any():
-        return _few(x, starts, tensors, form).to(x.dtype)
+        return _few(x, starts, tensors, form)
     y = x.new_empty(x.shape[0], operands.extent.shape[0])
     if not many.all():
         # the groups with many tokens have none here
         few = torch.where(many, 0, counts)
         rows = torch.arange(x.shape[0])[~many.repeat_interleave(counts)]
-        y[rows] = _few(x[rows], torch.cat([starts[:1], few.cumsum(0)]), tensors, form).to(x.dtype)
+        y[rows] = _few(x[rows], torch.cat([starts[:1], few.cumsum(0)]), tensors, form)
     for g in torch.nonzero(many).flatten().tolist():
         those = slice(int(starts[g]), int(starts[g + 1]))
         _many(x[those], g, tensors, form, y[those])
@@ -60,20 +60,11 @@ def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Ten
 
 
 def _few(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
-    """float32 `[tokens, out]`."""
-    operands = Operands(*tensors)
-    y = torch.empty(x.shape[0], operands.extent.shape[0])
-    inputs = x.detach().to(torch.float32).contiguous()
-    bfloat = operands.second.dtype == torch.bfloat16
-    described = (
-        _described(inputs, torch.float32),
-        _described(starts, torch.int64),
-        _arrays(operands),
-        tuple(form),
-        bfloat,
-    )
-    _extension().spqr_product(*described, _described(y, torch.float32), torch.get_num_threads())
-    return y
+    """`[tokens, out]`."""
+    y = torch.empty(x.shape[0], tensors[-1].shape[0])
+    inputs = (x if x.dtype == torch.float32 else x.float()).contiguous()
+    _extension().spqr_product(inputs, starts, tensors, tuple(form), y, torch.get_num_threads())
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _many(x: Tensor, number: int, tensors: list[Tensor], form: Form, y: Tensor) -> None:
@@ -101,31 +92,7 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 
 def _decode(tensors: list[Tensor], form: Form, number: int, first: int, last: int, to: Tensor) -> None:
     """Tiles `first` to `last` of a matrix, columns as stored, into `[columns, rows]`."""
-    operands = Operands(*tensors)
-    arrays = _arrays(operands), tuple(form), operands.second.dtype == torch.bfloat16
-    place = _described(to, to.dtype), to.element_size(), to.dtype == torch.bfloat16
-    _extension().spqr_decode(*arrays, number, first, last, *place, torch.get_num_threads())
-
-
-def _arrays(t: Operands) -> tuple[Any, ...]:
-    """The operands as the extension takes them."""
-    words = (_described(w, torch.int32) for w in t[:6])
-    kept = _described(t.outlier_columns, torch.uint8), _described(t.outlier_rows, torch.uint8)
-    half = t.second.dtype if t.second.dtype == torch.bfloat16 else torch.float16
-    halves = _described(t.second, half), _described(t.outlier_values, half)
-    offsets, order = _described(t.outlier_offsets, torch.int64), _described(t.order, torch.int64)
-    rows, columns, _ = t.extent.shape
-    return (*words, halves[0], offsets, *kept, halves[1], order, rows, columns)
-
-
-def _described(t: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Address and sizes, which is all that the extension is told of a tensor."""
-    if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
-        raise ValueError(
-            f"spqr/cpu: expected a contiguous {dtype} tensor on the CPU, "
-            f"got {t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}"
-        )
-    return (t.data_ptr(), *t.shape)
+    _extension().spqr_decode(tensors, tuple(form), number, first, last, to, torch.get_num_threads())
 
 
 def _extension() -> Any:

@@ -32,6 +32,7 @@
 #include "extension.h"
 #include "isa.h"
 #include "parallel.h"
+#include "tensors.h"
 
 #ifdef HALFBIT_X86
 #include <immintrin.h>
@@ -39,6 +40,8 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using halfbit::array;
+using halfbit::Array;
 using halfbit::Isa;
 
 namespace {
@@ -213,25 +216,6 @@ Kernels kernels(Isa isa, int bits, int64_t segment) {
     return portable::kernels(bits, segment);
 }
 
-// A contiguous tensor on the CPU as Python describes it: an address and sizes. Taking sixteen tensors by DLPack would last
-// longer than a product with a small matrix; `cpu.py` looks at their dtypes, devices and strides.
-template <class T, size_t N>
-struct Array {
-    T *start;
-    std::array<int64_t, N> sizes;
-
-    T *data() const { return start; }
-    int64_t shape(size_t i) const { return sizes[i]; }
-};
-
-template <class T, size_t N>
-Array<T, N> array(const nb::handle &described) {
-    const auto numbers = nb::cast<std::array<int64_t, N + 1>>(described);
-    Array<T, N> a{reinterpret_cast<T *>(static_cast<uintptr_t>(numbers[0])), {}};
-    std::copy(numbers.begin() + 1, numbers.end(), a.sizes.begin());
-    return a;
-}
-
 using Words = Array<const uint32_t, 2>;
 
 // The fields of `reference.Operands` and `reference.Form`.
@@ -311,17 +295,24 @@ struct Stack {
 };
 
 template <class T, size_t N>
-void take(const nb::handle &described, Array<T, N> &to) {
-    to = array<T, N>(described);
+void take(nb::handle tensor, Array<T, N> &to) {
+    to = array<T, N>(tensor);
 }
 
-Stack stack(const nb::tuple &t, const std::array<int64_t, 6> &form, bool bfloat) {
+bool is_bfloat(nb::handle tensor) {
+    return halfbit::described(tensor).dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
+}
+
+// The fields of `reference.Operands` in their order.
+Stack stack(const nb::list &t, const std::array<int64_t, 6> &form) {
     Stack s{};
     take(t[0], s.codes), take(t[1], s.codes_edge), take(t[2], s.scales), take(t[3], s.scales_edge);
     take(t[4], s.zeros), take(t[5], s.zeros_edge), take(t[6], s.second), take(t[7], s.offsets);
     take(t[8], s.columns), take(t[9], s.rows), take(t[10], s.values), take(t[11], s.order);
-    s.out = nb::cast<int64_t>(t[12]), s.in = nb::cast<int64_t>(t[13]);
-    s.form = form, s.bfloat = bfloat;
+    const auto extent = array<const char, 3>(t[12]);
+    s.out = extent.shape(0), s.in = extent.shape(1);
+    s.form = form, s.bfloat = is_bfloat(t[6]);
+    if (s.bfloat != is_bfloat(t[10])) throw std::invalid_argument("outliers and statistics must have one dtype");
     return s;
 }
 
@@ -387,12 +378,12 @@ void sum_segments(Pass &pass, const Stack &s, int64_t segment, const Kernels &av
     if (!available.to_digits(pass.x.get(), width, segment, 1 << (s.form[0] - 1), pass.digits)) pass.whole.reset();
 }
 
-void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::array<int64_t, 6> form, bool bfloat,
-             nb::tuple outputs, int threads) {
+void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std::array<int64_t, 6> form,
+             nb::handle outputs, int threads) {
     const auto x = array<const float, 2>(inputs);
     const auto starts = array<const int64_t, 1>(group_starts);
     const auto y = array<float, 2>(outputs);
-    const Stack s = stack(operands, form, bfloat);
+    const Stack s = stack(operands, form);
     const nb::gil_scoped_release release;
     s.check();
     const int64_t tokens = x.shape(0), groups = static_cast<int64_t>(starts.shape(0)) - 1;
@@ -481,10 +472,11 @@ void product(nb::tuple inputs, nb::tuple group_starts, nb::tuple operands, std::
 // ----------------------------------------------------------------------------------------------------------------- decode
 
 // Rows `16 * first` to `16 * last` of one matrix, in the stored order of columns, to [columns, step].
-void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_t number, int64_t first, int64_t last,
-            nb::tuple place, int size, bool to_bfloat, int threads) {
+void decode(nb::list operands, std::array<int64_t, 6> form, int64_t number, int64_t first, int64_t last, nb::handle place,
+            int threads) {
     const auto to = array<char, 2>(place);
-    const Stack s = stack(operands, form, bfloat);
+    const int size = halfbit::described(place).dtype.bits / 8, type = size == 4 ? 0 : is_bfloat(place) ? 1 : 2;
+    const Stack s = stack(operands, form);
     const nb::gil_scoped_release release;
     s.check();
     const int64_t tiles = (s.out + 15) / 16, step = to.shape(1);
@@ -493,7 +485,6 @@ void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_
         throw std::invalid_argument("the rows and their place do not fit together");
     const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), s.segment());
     const Matrix m = s.matrix(number, available.fill);
-    const int type = size == 4 ? 0 : to_bfloat ? 1 : 2;
     threads = static_cast<int>(std::clamp<int64_t>((last - first) * 16 * s.in / tiny_work, 1, std::max(threads, 1)));
     // 512 columns of all tiles, then the next: a tile alone would write to thousands of pages in turn
     const int64_t panel = 16, blocks = m.codes.blocks(), height = last - first;
@@ -506,11 +497,8 @@ void decode(nb::tuple operands, std::array<int64_t, 6> form, bool bfloat, int64_
 }  // namespace
 
 HALFBIT_BINDINGS(spqr) {
-    m.def("spqr_product", product, "x"_a, "starts"_a, "operands"_a, "form"_a, "bfloat"_a, "y"_a, "threads"_a,
-          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]; tensors as (address, "
-          "sizes ...)");
-    m.def("spqr_decode", decode, "operands"_a, "form"_a, "bfloat"_a, "number"_a, "first"_a, "last"_a, "to"_a, "size"_a,
-          "to_bfloat"_a, "threads"_a,
-          "Tiles first to last of a matrix, columns as stored -> into [columns, rows] of numbers of `size` bytes: float32, "
-          "bfloat16, float16");
+    m.def("spqr_product", product, "x"_a, "starts"_a, "operands"_a, "form"_a, "y"_a, "threads"_a,
+          "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]");
+    m.def("spqr_decode", decode, "operands"_a, "form"_a, "number"_a, "first"_a, "last"_a, "to"_a, "threads"_a,
+          "Tiles first to last of a matrix, columns as stored -> into [columns, rows], float32, bfloat16 or float16");
 }
