@@ -33,7 +33,7 @@ from halfbit.activations import Activations, Routed
 from halfbit.allocation import CURVES, Settled, settle
 from halfbit.errors import CalibrationError, RecipeError, Unsupported
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
-from halfbit.expert_groups import Group, batches, max_tokens, run_through, solve
+from halfbit.expert_groups import Group, SolvedGroup, batches, max_tokens, run_through, solve
 from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
@@ -57,7 +57,8 @@ from halfbit.samples import (
 )
 from halfbit.storing import fingerprint_of, folder_config, packed_tensors, put_experts, put_outer
 from halfbit.tune import held_back, tune
-from halfbit.types import Packed
+from halfbit.tune_group import Gain, Roles, summary, tune_group
+from halfbit.types import Packed, Solution
 from halfbit.writer import ALLOCATION, Writer
 
 # inside the folder, until the tuned model is there
@@ -295,25 +296,41 @@ def _solve(
         )
     packed: tuple[list[Packed], list[Packed]] = ([], [])
     tokens: list[int] = []
+    gains: list[Gain] = []
     for experts in batches(stack, recipe.solving.experts_per_batch):
         group = Group.read(family, stack, experts, device)
         of_group = rules[0][experts.start : experts.stop], rules[1][experts.start : experts.stop]
         solved = solve(group, of_group, recipe, routed, theirs)
         yield from map(Noticed, solved.notices)
         tokens += solved.tokens
+        group_packed = _encoded(of_group, solved)
+        if recipe.tuning.group_steps and routed is not None and solved.training is not None:
+            group_packed, gain = tune_group(group, solved, group_packed, routed, theirs, recipe.tuning)
+            gains += [] if gain is None else [gain]
         for role, solutions in enumerate((solved.up, solved.down)):
-            for name, rule, solution, n in zip(group.names, of_group[role], solutions, solved.tokens, strict=True):
-                assert rule.codec is not None
-                matrix, encoded = f"{name}.{stored_names(stack)[role]}", rule.codec.encode(solution)
-                packed[role].append(encoded)
+            packed[role].extend(group_packed[role])
+            for name, encoded, solution, n in zip(
+                group.names, group_packed[role], solutions, solved.tokens, strict=True
+            ):
+                matrix = f"{name}.{stored_names(stack)[role]}"
                 fact = {"loss": solution.loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
                 writer.record("matrices", matrix, fact)
                 yield Solved(matrix, solution.loss, encoded.bits_per_weight, n)
         if routed is not None:
             group.decoded(*(p[experts.start :] for p in packed)).run(routed)
     put_experts(stack, packed, writer)
+    if gains:
+        yield Noticed(f"{stack.path}: tuned group by group; {summary(gains)}")
     if routed is not None:
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
+
+
+def _encoded(rules: tuple[list[Rule], list[Rule]], solved: SolvedGroup) -> Roles:
+    def role(rules: list[Rule], solutions: list[Solution]) -> list[Packed]:
+        codecs = [rule.codec for rule in rules if rule.codec is not None]
+        return [codec.encode(solution) for codec, solution in zip(codecs, solutions, strict=True)]
+
+    return role(rules[0], solved.up), role(rules[1], solved.down)
 
 
 def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:

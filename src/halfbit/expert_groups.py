@@ -123,10 +123,18 @@ def run_through(
 
 @dataclass(frozen=True, eq=False)
 class SolvedGroup:
-    """What was decided: solutions, one per expert, on the CPU; what they were solved on, if anything; notices."""
+    """What was decided.
+
+    Attributes:
+        up, down: solutions, one per expert, on the CPU.
+        aims: `[experts, out, in]` of both roles, what was solved towards.
+        training: what it was solved on, if anything.
+        notices: what a user should know.
+    """
 
     up: list[Solution]
     down: list[Solution]
+    aims: tuple[Tensor, Tensor]
     training: "Training | None"
     notices: list[str]
 
@@ -156,17 +164,19 @@ def solve(
         eye = [torch.eye(w.shape[2], device=w.device).expand(w.shape[0], -1, -1) for w in (group.up, group.down)]
         up = solve_matrices(group.up, eye[0], rules[0], recipe.solving, group.names, notices)
         down = solve_matrices(group.down, eye[1], rules[1], recipe.solving, group.names, notices)
-        return SolvedGroup(up, down, None, notices)
+        return SolvedGroup(up, down, (group.up, group.down), None, notices)
 
     training = Training.of(group, recipe, routed)
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
 
-    def role(w: Tensor, rules: Rules, view: View, original: View, *, alike: bool = False) -> list[Solution]:
+    def role(
+        w: Tensor, rules: Rules, view: View, original: View, *, alike: bool = False
+    ) -> tuple[list[Solution], Tensor]:
         h = hessians(training, recipe.coverage, view, alike=alike)
         if theirs is not None:
             cross = hessians(training, recipe.coverage, view, original, alike=alike)
             w = towards(w, h, cross, recipe.solving.damping)
-        return solve_matrices(w, h, rules, recipe.solving, group.names, notices)
+        return solve_matrices(w, h, rules, recipe.solving, group.names, notices), w
 
     def ours(_expert: int, rows: Tensor) -> Tensor:
         return routed.hidden[rows].to(group.up)
@@ -175,17 +185,17 @@ def solve(
         assert theirs is not None
         return theirs[routed.places[rows]].to(group.up)
 
-    up = role(group.up, rules[0], ours, original, alike=True)
+    up, aim_up = role(group.up, rules[0], ours, original, alike=True)
     seen = group
     if recipe.solving.true_sequential or theirs is not None:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
-    down = role(
+    down, aim_down = role(
         group.down,
         rules[1],
         lambda i, rows: seen.hidden(i, ours(i, rows)),
         lambda i, rows: group.hidden(i, original(i, rows)),
     )
-    return SolvedGroup(up, down, training, notices)
+    return SolvedGroup(up, down, (aim_up, aim_down), training, notices)
 
 
 @dataclass(frozen=True, eq=False)

@@ -221,10 +221,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Tuning:
-    """After compressing: KL divergence to the original on the calibration text, of all that stays continuous."""
+    """Towards the original: experts group by group while compressing, then the whole model by KL divergence."""
 
+    group_steps: int = 0
+    """For each group of experts, on the solver's samples, before the next group; 0: none."""
     steps: int = 0
-    """0: no tuning."""
+    """For the whole model, after compressing, on all of the calibration text, of all that stays continuous; 0: none."""
     batch_tokens: int = 2048
     learning_rate: float = 0.02
     """Of Adam, in units of each tensor's root mean square; smaller where the compressed model is near the original."""
@@ -242,14 +244,15 @@ class Tuning:
     def __post_init__(self):
         if (
             self.steps < 0
+            or self.group_steps < 0
             or self.batch_tokens < 1
             or not 0 < self.learning_rate < 1
             or not 0 < self.held_back < 1
             or not 0 <= self.noise < 1
         ):
             raise RecipeError(
-                "tuning: steps must be >= 0, batch_tokens >= 1, learning_rate and held_back in (0, 1), noise in "
-                f"[0, 1); got {self}"
+                "tuning: steps and group_steps must be >= 0, batch_tokens >= 1, learning_rate and held_back in (0, 1), "
+                f"noise in [0, 1); got {self}"
             )
 
 
