@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_a_fresh_process_generates_the_same_text(folder) -> None:
     assert "Traceback" not in done.stderr
     assert len(done.stdout.split()) >= 4
     assert done.stdout == told(*arguments)
+
+
+def test_steps_of_tuning_on_the_command_line_win_over_the_recipe(tmp_path) -> None:
+    some = tmp_path / "text.txt"
+    some.write_text((TINY / "calibration.txt").read_text("utf-8")[:2000], "utf-8")
+    told(
+        "compress", TINY, tmp_path / "out", "--calibration", some, "--recipe", "runlength", "--samples", 2,
+        "--sequence-length", 32,        "--tune", 1, "--tune-groups", 2, "--json",
+    )  # fmt: skip
+    tuning = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())["tuning"]
+    assert (tuning["steps"], tuning["group_steps"]) == (1, 2)
 
 
 def test_verify_passes_and_names_what_is_damaged(folder, tmp_path) -> None:

@@ -124,6 +124,10 @@ def compress(
     tune: Annotated[
         int | None, typer.Option(min=0, help="Steps of tuning towards the original on the whole text. [recipe]")
     ] = None,
+    tune_groups: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps of tuning for each group of experts, before the next is read. [recipe]"),
+    ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(help="Recipes with options: what each matrix costs at each size, read from here or written here."),
@@ -157,7 +161,8 @@ def compress(
         chosen = chosen.budgeted("outliers", outliers)
     elif tau is not None:
         chosen = chosen.budgeted("tau", tau)
-    chosen = chosen if tune is None else chosen.tuned(steps=tune)
+    steps = {"steps": tune, "group_steps": tune_groups}
+    chosen = chosen.tuned(**{k: v for k, v in steps.items() if v is not None})
     if max_loss is not None:
         show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device)))
     else:

@@ -163,7 +163,7 @@ def draw(count: int, step: int, seed: int) -> Tensor:
     """Which of `count` tokens make a step: an order drawn anew for each pass over them."""
     size = min(BATCH, count)
     number, place = divmod(step, count // size)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed((number << 32) + seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1_000_003 * number))
     return order[place * size :][:size]
 
 
