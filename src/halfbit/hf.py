@@ -5,6 +5,7 @@ stored tensors, so that the skeleton, the device map and the checkpoint agree be
 """
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ class HalfbitQuantizer(HfQuantizer):
     ) -> nn.Module:
         stacks = find_experts(model)
         config: Any = self.quantization_config
+        self._verification = None
         if checkpoint_files and not skipped():
-            _verify(config, model.config, [Path(file) for file in checkpoint_files])
+            self._verification = _verify(config, model.config, [Path(file) for file in checkpoint_files])
         for path, projections in config.modules.items():
             if path in stacks:
                 model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
@@ -104,15 +106,13 @@ class HalfbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         model.requires_grad_(False)
-        _refuse_missing(model)
-        for name, module in model.named_modules():
-            if isinstance(module, PackedMatrix):
-                try:
-                    for part, owner in module.entry.shared.items():
-                        module.share(part, _matrix(model, owner, name))
-                    module.prepare()
-                except FormatError as e:
-                    raise FormatError(f"{name}: {e}", tensor=name) from e
+        try:
+            _refuse_missing(model)
+            _prepare(model)
+        finally:
+            # what differs from its checksum tells more than what is wrong with it
+            if self._verification is not None:
+                self._verification.result()
         _leave_a_parameter(model)
         return model
 
@@ -131,8 +131,24 @@ class HalfbitQuantizer(HfQuantizer):
         return True
 
 
-def _verify(config: Any, of_model: Any, shards: list[Path]) -> None:
-    """Raise FormatError where the shards are not what the manifest beside them says."""
+def _prepare(model: nn.Module) -> None:
+    """Hand over what modules share; check all that is packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            try:
+                for part, owner in module.entry.shared.items():
+                    module.share(part, _matrix(model, owner, name))
+                module.prepare()
+            except FormatError as e:
+                raise FormatError(f"{name}: {e}", tensor=name) from e
+
+
+def _verify(config: Any, of_model: Any, shards: list[Path]) -> Future[None] | None:
+    """Begin to compare the shards with what the manifest beside them says; None where there is none.
+
+    It is done by a thread of its own, while transformers loads and the formats are checked: nothing computes with a
+    model before its result is there. The result raises FormatError where a shard differs.
+    """
     path = shards[0].parent / MANIFEST
     if not path.is_file():
         # of a hub repository only what was asked for is there
@@ -143,9 +159,13 @@ def _verify(config: Any, of_model: Any, shards: list[Path]) -> None:
         manifest = parse_manifest(path)
         if config.modules != manifest["packed"]:
             raise FormatError(f"config.json: its packed modules are not those of {path}; download both again")
-        verify_loading(manifest, shards)
-    elif config.manifest:
+        thread = ThreadPoolExecutor(1, "halfbit-verify")
+        verification = thread.submit(verify_loading, manifest, shards)
+        thread.shutdown(wait=False)
+        return verification
+    if config.manifest:
         raise FormatError(f"{path}: is missing, and with it all checksums; download it, or load with verify=False")
+    return None
 
 
 def _refuse_missing(model: Any) -> None:
