@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test check format docs bench clean
+.PHONY: demo test check format docs bench fuzz clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
@@ -29,6 +29,20 @@ docs: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) bench/products.py
+
+# the extension again, with AddressSanitizer and UBSan, in a folder of its own; Python itself is preloaded with their library
+FUZZ := build/fuzz
+MUTATIONS ?= 20000
+SEED ?= 0
+CXX ?= g++
+
+fuzz: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(FUZZ) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+		-DHALFBIT_SANITIZE=ON -DPython_EXECUTABLE="$(CURDIR)/$(RUN)"
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(FUZZ)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(RUN) tests/fuzz.py --mutations $(MUTATIONS) --seed $(SEED) \
+		--extension "$$(echo $(FUZZ)/_C.*.so)"
 
 # without pip's build isolation: the lock file also pins what the extension is built with, CMake included
 $(VENV)/installed: requirements.lock $(SOURCES)

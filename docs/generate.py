@@ -13,8 +13,8 @@ from halfbit import cli
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "halfbit"
 OTHERS = {
-    "tests/": "conformance.py: shared checks over every grid, solver and codec; golden/: published bytes; test_*.py",
-    "bench/": "products.py: the product against torch; results.csv: one row per figure, with machine and commit",
+    "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py",
+    "bench/": "products.py: the product against torch; loading.py: what verification costs; results.csv: figures",
     "docs/": "guide.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
     "examples/": "demo.py; tiny-moe/: a small trained model with its texts",
 }

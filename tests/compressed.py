@@ -3,6 +3,7 @@
 The fixture `made` of conftest.py compresses each model once by each recipe that tests ask for.
 """
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from halfbit import recipe
 from halfbit.compress import compress
 from halfbit.events import Event
 from halfbit.families import open_family
+from halfbit.manifest import MANIFEST, text_of
 from halfbit.nn import PackedEmbedding, PackedExperts, PackedLinear
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe
@@ -115,6 +117,14 @@ def run(source: Path, out: Path, rules: str, changes: str = "", samples: int = 6
         before, after = changes.split(" -> ")
         found = Recipe.from_toml(found.to_toml().replace(before, after))
     return list(compress(str(source), out, found, text(source)))
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the manifest says; its own checksum fits what it says then."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    edit(manifest)
+    (folder / MANIFEST).write_text(text_of(manifest))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

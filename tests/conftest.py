@@ -16,7 +16,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _instructions() -> list[str]:
+def instructions() -> list[str]:
     """What this processor has, of what the kernels are written for."""
     found: list[str] = []
     if native.extension is None:
@@ -31,7 +31,7 @@ def _instructions() -> list[str]:
     return found
 
 
-@pytest.fixture(params=_instructions())
+@pytest.fixture(params=instructions())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kernels run with each set of instructions in turn."""
     assert native.extension is not None

@@ -7,14 +7,18 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compressed import edit_manifest, load
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from halfbit import cli
+from halfbit.errors import FormatError
 from halfbit.folder import part_of
+from halfbit.manifest import header_checksum, read_manifest, tensor_entry, text_of, unverified
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
@@ -145,12 +149,14 @@ def with_shifted_rows(folder: Path, copy: Path) -> tuple[Path, str, torch.Tensor
 
 def test_verify_finds_codes_that_break_the_format(folder, tmp_path) -> None:
     """A checksum made to fit the damage: the format's own rules still hold."""
-    from halfbit.writer import checksum
-
     copy, name, tensor = with_shifted_rows(folder, tmp_path / "copy")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["tensors"][name]["sha256"] = checksum(tensor)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    shard = copy / "model-block-00000.safetensors"
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["tensors"][name] = tensor_entry(shard.name, tensor)
+        manifest["headers"][shard.name] = header_checksum(shard)
+
+    edit_manifest(copy, edit)
     code, out, _ = call("verify", copy, "--json")
     assert code == 1
     assert [p["where"] for p in json.loads(out)["problems"]] == ["model.layers.0.mlp.experts.down_proj"]
@@ -172,7 +178,9 @@ def test_loading_a_folder_that_lacks_a_weight_names_it(folder, tmp_path) -> None
     save_file(tensors, path, metadata={"format": "pt"})
     code, _, err = call("generate", copy, "--prompt", "x")
     assert code == 2
-    assert f"{name}: no file of this folder has this weight" in err
+    assert f"tensor {name} is missing" in err
+    with unverified(), pytest.raises(FormatError, match=f"{name}: no file of this folder has this weight"):
+        load(copy)
 
 
 def model_copy(tmp_path: Path) -> Path:
@@ -330,7 +338,7 @@ def test_parts_of_a_model() -> None:
 
 def test_damaged_manifests_are_told_without_a_traceback(folder, tmp_path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    good = json.loads((copy / "manifest.json").read_text())
+    good = read_manifest(copy)
     name = next(iter(good["tensors"]))
     damages = [
         {"format": 1},
@@ -341,7 +349,7 @@ def test_damaged_manifests_are_told_without_a_traceback(folder, tmp_path) -> Non
         {**good, "matrices": {"x": {"loss": "low"}}},
     ]
     for damage in damages:
-        (copy / "manifest.json").write_text(json.dumps(damage))
+        (copy / "manifest.json").write_text(text_of(damage))
         assert call("inspect", copy)[0] == 2
         code, out, _ = call("verify", copy, "--json")
         assert (code, json.loads(out)["problems"][0]["where"]) == (1, "manifest.json")
@@ -349,9 +357,8 @@ def test_damaged_manifests_are_told_without_a_traceback(folder, tmp_path) -> Non
 
 def test_inspect_says_that_a_run_has_not_finished(folder, tmp_path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    manifest = json.loads((copy / "manifest.json").read_text())
     empty = {k: {} for k in ("blocks", "tensors", "packed", "matrices", "coverage", "files")}
-    (copy / "manifest.json").write_text(json.dumps({**manifest, **empty, "complete": False}))
+    edit_manifest(copy, lambda manifest: manifest.update({**empty, "complete": False}))
     code, out, _ = call("inspect", copy)
     assert code == 0
     assert "has not finished" in out

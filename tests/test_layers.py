@@ -7,10 +7,12 @@ SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 
 LAYERS = (
     {"errors", "types", "native", "events"},
+    {"untrusted"},
     {"registry", "bits", "config", "dequantize"},
     {"grids", "reader", "experts", "linears"},
     {"solve", "formats", "claims", "blocks"},
     {"family", "layout"},
+    {"manifest"},
     {"families", "writer", "recipe"},
     {"activations", "samples", "nn"},
     {"flow", "solving", "storing", "evaluate", "tunable"},

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from compressed import EVERYTHING, decoded, inputs, largest_difference, load, run
+from compressed import EVERYTHING, decoded, edit_manifest, inputs, largest_difference, load, run
 from safetensors.torch import load_file, save_file
 
 import halfbit
@@ -21,10 +21,10 @@ from halfbit import formats
 from halfbit.errors import FormatError
 from halfbit.experts import find_experts
 from halfbit.folder import Problem
-from halfbit.layout import Entry, name_of
+from halfbit.layout import Entry
+from halfbit.manifest import header_checksum, read_manifest, tensor_entry, text_of
 from halfbit.nn import OwnGate, PackedEmbedding, PackedLinear, PackedMatrix
 from halfbit.solve.rtn import rtn
-from halfbit.writer import checksum
 
 TABLE = """
         [[rules]]
@@ -64,7 +64,7 @@ Edit = Callable[[dict[str, Any]], object]
 def changed(folder: Path, out: Path, edit: Edit, tie: Edit = lambda _: None) -> Path:
     """A copy with other entries of packed modules, in both files that have them, and another map of tied ones."""
     shutil.copytree(folder, out)
-    config, manifest = (json.loads((out / name).read_text()) for name in ("config.json", "manifest.json"))
+    config, manifest = json.loads((out / "config.json").read_text()), read_manifest(out)
     quantization = config["quantization_config"]
     for modules in (quantization["modules"], manifest["packed"]):
         edit(modules)
@@ -73,7 +73,7 @@ def changed(folder: Path, out: Path, edit: Edit, tie: Edit = lambda _: None) -> 
     text = json.dumps(config)
     (out / "config.json").write_text(text)
     manifest["files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "manifest.json").write_text(text_of(manifest))
     return out
 
 
@@ -149,17 +149,24 @@ def test_a_tied_layer_is_a_layer_of_its_matrix_s_shape(case: str, llama, tmp_pat
 
 def test_verify_asks_for_every_stored_tensor(llama, tmp_path) -> None:
     out = Path(shutil.copytree(llama, tmp_path / "out"))
-    for name, key in (("manifest.json", "tensors"), ("model.safetensors.index.json", "weight_map")):
-        content = json.loads((out / name).read_text())
-        del content[key][f"{K}.packed_weight.codes"]
-        (out / name).write_text(json.dumps(content))
+    gone, index = f"{K}.packed_weight.codes", out / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][gone]
+    index.write_text(json.dumps(content))
+
+    def edit(manifest: dict[str, Any]) -> None:
+        del manifest["tensors"][gone]
+        for block in manifest["blocks"].values():
+            block["tensors"] = [n for n in block["tensors"] if n != gone]
+
+    edit_manifest(out, edit)
     assert any(p.endswith("k_proj.packed_weight.codes is in no file of the manifest") for p in problems(out))
 
 
 def test_verify_checks_what_lies_in_several_files(llama, tmp_path) -> None:
     """The shared order is in another file, where it is no order."""
     out = Path(shutil.copytree(llama, tmp_path / "out"))
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_manifest(out)
     name = f"{Q}.packed_weight.order"
     source = out / manifest["tensors"][name]["file"]
     stored = load_file(source)
@@ -172,16 +179,14 @@ def test_verify_checks_what_lies_in_several_files(llama, tmp_path) -> None:
         save_file(stored, source)
         save_file(moved | {name: tensor}, out / "model-moved.safetensors")
         for path, value in (moved | {name: tensor}).items():
-            manifest["tensors"][path] = {
-                "file": "model-moved.safetensors", "dtype": name_of(value.dtype), "shape": list(value.shape),
-                "sha256": checksum(value),
-            }  # fmt: skip
+            manifest["tensors"][path] = tensor_entry("model-moved.safetensors", value)
+        manifest["headers"] |= {p.name: header_checksum(p) for p in (source, out / "model-moved.safetensors")}
         index = json.loads((out / "model.safetensors.index.json").read_text())
         index["weight_map"] = {n: t["file"] for n, t in manifest["tensors"].items()}
         text = json.dumps(index)
         (out / "model.safetensors.index.json").write_text(text)
         manifest["files"]["model.safetensors.index.json"] = hashlib.sha256(text.encode()).hexdigest()
-        (out / "manifest.json").write_text(json.dumps(manifest))
+        (out / "manifest.json").write_text(text_of(manifest))
         assert len([p for p in problems(out) if "no permutation" in p]) == 3 * number
         assert number or not problems(out)
 

@@ -26,13 +26,14 @@ from halfbit.formats.qmoe import QMoE
 from halfbit.formats.runlength import RunLength
 from halfbit.formats.spqr import SpQR
 from halfbit.layout import Entry, stored_name
+from halfbit.manifest import read_manifest, unverified
 from halfbit.nn import PackedExperts, PackedMatrix
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Tuning
 from halfbit.samples import causal_samples, load_tokenizer
 from halfbit.tune import tune
 from halfbit.types import Codec, Packed
-from halfbit.writer import Writer, read_manifest
+from halfbit.writer import Writer
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
@@ -414,7 +415,9 @@ def test_a_folder_with_a_mixed_module_is_verified_counted_and_evaluated(folder: 
     problems = [p for p in verify(damaged) if isinstance(p, Problem)]
     assert any("checksum differs" in p.message for p in problems)
     assert any("mixed: " in p.message for p in problems)
-    with pytest.raises(FormatError, match="mixed: "):
+    with pytest.raises(FormatError, match="checksum differs"):
+        load(damaged)
+    with unverified(), pytest.raises(FormatError, match="mixed: "):
         load(damaged)
 
 

@@ -12,6 +12,7 @@ from halfbit.compress import compress
 from halfbit.evaluate import evaluate, load
 from halfbit.folder import inspect, verify
 from halfbit.importers import import_checkpoint
+from halfbit.manifest import unverified
 from halfbit.recipe import Recipe
 
-__all__ = ["Recipe", "compress", "evaluate", "import_checkpoint", "inspect", "load", "verify"]
+__all__ = ["Recipe", "compress", "evaluate", "import_checkpoint", "inspect", "load", "unverified", "verify"]

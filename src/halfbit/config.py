@@ -5,6 +5,10 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin
 
 from halfbit.errors import FormatError, RecipeError
+from halfbit.untrusted import short
+
+# of a whole number in a configuration; products of some of them fit in 64 bits
+LARGEST = 2**31 - 1
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -20,7 +24,7 @@ def name_of(config: Any, kind: str) -> str:
     """The name in `config`, which comes from a file and may be anything."""
     name = config.get("name") if isinstance(config, dict) else None
     if not isinstance(name, str):
-        raise FormatError(f"{kind}: expected an object with a name, got {config!r}")
+        raise FormatError(f"{kind}: expected an object with a name, got {short(config)}")
     return name
 
 
@@ -34,14 +38,14 @@ def from_dict(kind: type, config: dict[str, Any], member: Callable[[Any], Any] |
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise FormatError(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        raise FormatError(f"{kind.__name__}: unknown field {short(unknown[0])}; known: {', '.join(known)}")
     for field in fields(kind):
         value = given.get(field.name, None if field.default is MISSING else field.default)
         if get_origin(field.type) is tuple:
             if member is None:
                 raise FormatError(f"{kind.__name__}: cannot be inside of another of its kind")
             if not isinstance(value, list):
-                raise FormatError(f"{kind.__name__}: {field.name} must be a list, got {value!r}")
+                raise FormatError(f"{kind.__name__}: {field.name} must be a list, got {short(value)}")
             given[field.name] = tuple(member(m) for m in value)
             continue
         # not isinstance: bool is an int in Python; an int will do where a float is meant
@@ -49,7 +53,9 @@ def from_dict(kind: type, config: dict[str, Any], member: Callable[[Any], Any] |
         allowed = (*allowed, *((int,) if float in allowed else ()))
         if type(value) not in allowed:
             names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
-            raise FormatError(f"{kind.__name__}: {field.name} must be {names}, got {value!r}")
+            raise FormatError(f"{kind.__name__}: {field.name} must be {names}, got {short(value)}")
+        if type(value) is int and abs(value) > LARGEST:
+            raise FormatError(f"{kind.__name__}: {field.name} must be {LARGEST} or less, got {short(value)}")
     try:
         return kind(**given)
     except (RecipeError, TypeError) as error:

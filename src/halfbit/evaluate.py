@@ -7,6 +7,7 @@ every window is span-corrupted (15 % in spans of 3, a fixed seed) and the loss i
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from halfbit.errors import CalibrationError, CheckpointError
+from halfbit.manifest import unverified
 from halfbit.samples import Sample, load_tokenizer, longest, read_text, samples_of, tokenize, windows
 
 
@@ -42,15 +44,21 @@ class Evaluation:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def load(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
-    """A model, compressed or not, in eval mode; float32 on a CPU by default, else the checkpoint's dtype."""
+def load(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu", verify: bool = True) -> Any:
+    """A model, compressed or not, in eval mode.
+
+    Args:
+        dtype: by default float32 on a CPU, else the checkpoint's.
+        verify: compare every tensor of a compressed folder with its checksum; the rules of the formats hold always.
+    """
     if not Path(source).exists() and "/" not in source:
         raise CheckpointError(f"{source}: no such folder; give a model folder or a hub id such as org/name")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         chosen: Any = dtype or (torch.float32 if device == "cpu" else config.dtype)
-        loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True, trust_remote_code=False)
+        with nullcontext() if verify else unverified():
+            loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as e:
         # transformers checks little of a config; whatever it stumbles over is the folder's fault
         raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e

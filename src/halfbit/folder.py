@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,9 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from halfbit.errors import CheckpointError, FormatError, HalfbitError
-from halfbit.layout import DTYPES, Entry, name_of, parse_tensor, stored_name
+from halfbit.layout import DTYPES, Entry, parse_tensor, stored_name
 from halfbit.linears import WEIGHT
-from halfbit.writer import ALLOCATION, INDEX, MANIFEST, checksum, read_manifest
+from halfbit.manifest import MANIFEST, Problem, read_manifest, verify_shard
+from halfbit.untrusted import read_json, short
+from halfbit.writer import ALLOCATION, INDEX
 
 # first match wins; names as transformers gives them
 PARTS = (
@@ -91,7 +92,7 @@ def _allocation(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text("utf-8"))
+        told = read_json(path)
         whole = sum(rule["loss"] for rule in told["rules"])
         projections: dict[str, dict[str, Any]] = {}
         for name, (rule, option, bits, loss) in told["matrices"].items():
@@ -104,7 +105,7 @@ def _allocation(root: Path) -> dict[str, Any] | None:
             label = f"{of['name']} {of['bits']} bit" if "bits" in of else str(of["name"])
             row["formats"][label] = row["formats"].get(label, 0) + 1
         return {"rules": told["rules"], "projections": projections}
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, re.error) as e:
         raise FormatError(f"{path}: is damaged ({type(e).__name__}: {e}); delete the folder and compress again") from e
 
 
@@ -122,14 +123,6 @@ def _layer(manifest: dict[str, Any], path: str) -> dict[str, Any]:
         for projection, facts in found.items()
     }
     return {"projections": projections, "coverage": manifest["coverage"].get(path)}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, and with which tensor or file."""
-
-    where: str
-    message: str
 
 
 def verify(folder: str | Path) -> Iterator[Problem | str]:
@@ -151,15 +144,12 @@ def verify(folder: str | Path) -> Iterator[Problem | str]:
         return
     yield from _verify_lists(root, manifest)
     yield from _verify_sharing(manifest)
-    by_file: dict[str, list[str]] = {}
-    for name, entry in manifest["tensors"].items():
-        by_file.setdefault(entry["file"], []).append(name)
     # what lies in one file is checked while that is at hand, the rest at the end
     within: dict[frozenset[str], list[Placed]] = {}
     for placed in _placed(manifest):
         within.setdefault(frozenset(manifest["tensors"][n]["file"] for n in placed.stored.values()), []).append(placed)
-    for file, names in sorted(by_file.items()):
-        yield from _verify_file(root / file, names, manifest)
+    for file in sorted({entry["file"] for entry in manifest["tensors"].values()}):
+        yield from verify_shard(root / file, manifest)
         yield from _verify_packed(root, [file], within.pop(frozenset([file]), []))
     for files, entries in within.items():
         yield from _verify_packed(root, sorted(files), entries)
@@ -168,57 +158,32 @@ def verify(folder: str | Path) -> Iterator[Problem | str]:
 def _verify_lists(root: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
     """config.json, the index and the folder must say what the manifest says."""
     try:
-        config = json.loads((root / "config.json").read_text("utf-8"))
-        index = json.loads((root / INDEX).read_text("utf-8"))
+        config, index = read_json(root / "config.json"), read_json(root / INDEX)
         packed, weight_map = config["quantization_config"]["modules"], index["weight_map"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+    except (OSError, FormatError, KeyError, TypeError) as e:
         yield Problem("config.json", f"{root}: config.json or {INDEX} is missing or damaged: {e!r}")
         return
     if packed != manifest["packed"]:
         yield Problem("config.json", "config.json: its packed modules are not those of the manifest")
     tied = config["quantization_config"].get("tied") or {}
     if not isinstance(tied, dict):
-        yield Problem("config.json", f"config.json: quantization_config.tied must be an object, got {tied!r}")
+        yield Problem("config.json", f"config.json: quantization_config.tied must be an object, got {short(tied)}")
         tied = {}
     for path, owner in tied.items():
         if WEIGHT not in (manifest["packed"].get(owner, {}) if isinstance(owner, str) else {}):
-            yield Problem(path, f"config.json: {path} is tied to {owner!r}, which is no packed layer")
+            yield Problem(path, f"config.json: {path} is tied to {short(owner)}, which is no packed layer")
         if path in manifest["packed"]:
-            yield Problem(path, f"config.json: {path} is packed, and tied to {owner!r} as well")
+            yield Problem(path, f"config.json: {path} is packed, and tied to {short(owner)} as well")
     if weight_map != {n: t["file"] for n, t in manifest["tensors"].items()}:
         yield Problem(INDEX, f"{INDEX}: its weight map is not that of the manifest")
     for name, expected in manifest["files"].items():
-        path = root / Path(name).name
+        path = root / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             yield Problem(name, f"{name}: is missing or differs from what was written")
     listed = {t["file"] for t in manifest["tensors"].values()}
     for path in sorted(root.glob("*.safetensors")):
         if path.name not in listed:
             yield Problem(path.name, f"{path.name}: is not listed in the manifest; a loader may read it by mistake")
-
-
-def _verify_file(path: Path, names: list[str], manifest: dict[str, Any]) -> Iterator[Problem | str]:
-    try:
-        with safe_open(path, framework="pt") as f:
-            present = set(f.keys())
-            for name in names:
-                if name not in present:
-                    yield Problem(name, f"{path.name}: tensor {name} is missing")
-                    continue
-                tensor, entry = f.get_tensor(name), manifest["tensors"][name]
-                got = [name_of(tensor.dtype), list(tensor.shape)]
-                if got != [entry["dtype"], entry["shape"]]:
-                    yield Problem(name, f"{name}: expected {entry['dtype']} {entry['shape']}, got {got[0]} {got[1]}")
-                elif checksum(tensor) != entry["sha256"]:
-                    yield Problem(
-                        name, f"{name}: checksum differs from the manifest's; the file {path.name} is damaged"
-                    )
-                else:
-                    yield name
-            for extra in sorted(present - set(names)):
-                yield Problem(extra, f"{path.name}: tensor {extra} is not in the manifest")
-    except (SafetensorError, OSError) as e:
-        yield Problem(path.name, f"{path.name}: cannot be read as safetensors ({e})")
 
 
 def _verify_sharing(manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -257,6 +222,8 @@ def _placed(manifest: dict[str, Any]) -> Iterator[Placed]:
 
 def _verify_packed(root: Path, files: list[str], entries: list[Placed]) -> Iterator[Problem]:
     """The rules of each entry's codec."""
+    if not all((root / file).is_file() for file in files):
+        return  # named already
     with ExitStack() as stack:
         try:
             opened = [stack.enter_context(safe_open(root / file, framework="pt")) for file in files]

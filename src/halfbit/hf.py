@@ -5,6 +5,8 @@ stored tensors, so that the skeleton, the device map and the checkpoint agree be
 """
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +14,22 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack, find_experts
 from halfbit.layout import Entry
 from halfbit.linears import WEIGHT
+from halfbit.manifest import MANIFEST, parse_manifest, skipped, verify_loading
 from halfbit.nn import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, stored_names
+from halfbit.untrusted import short
 from halfbit.writer import FORMAT_VERSION
 
 METHOD = "halfbit"
+# for what `cached_file` returns None
+NOT_RAISED = ("gated_repo", "missing_entries", "connection_errors")
+QUIETLY: Any = {f"_raise_exceptions_for_{what}": False for what in NOT_RAISED}
 
 
 @register_quantization_config(METHOD)
@@ -33,6 +41,7 @@ class HalfbitConfig(QuantizationConfigMixin):
         modules: module path -> projection -> {"codec": {...}, "shape": [experts, out, in],
             "tensors": {part: [dtype, shape]}}.
         tied: module path -> path of the packed module whose matrix it is.
+        manifest: the folder has a manifest with checksums. What `save_pretrained` writes has none, and does not say so.
     """
 
     def __init__(
@@ -40,18 +49,25 @@ class HalfbitConfig(QuantizationConfigMixin):
         format: int = FORMAT_VERSION,
         modules: dict[str, Any] | None = None,
         tied: dict[str, str] | None = None,
+        manifest: bool = False,
         **_: Any,
     ):
         if format != FORMAT_VERSION:
-            raise FormatError(f"config.json: expected halfbit format {FORMAT_VERSION}, got {format!r}; update halfbit")
+            raise FormatError(
+                f"config.json: expected halfbit format {FORMAT_VERSION}, got {short(format)}; update halfbit"
+            )
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format = format
         if not isinstance(modules or {}, dict):
-            raise FormatError(f"config.json: quantization_config.modules must be an object, got {modules!r}")
+            raise FormatError(f"config.json: quantization_config.modules must be an object, got {short(modules)}")
         self.modules = modules or {}
         if not isinstance(tied or {}, dict) or not all(isinstance(v, str) for v in (tied or {}).values()):
-            raise FormatError(f"config.json: quantization_config.tied must map modules to modules, got {tied!r}")
+            raise FormatError(f"config.json: quantization_config.tied must map modules to modules, got {short(tied)}")
         self.tied = tied or {}
+        self.manifest = manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "manifest"}
 
 
 @register_quantizer(METHOD)
@@ -61,9 +77,14 @@ class HalfbitQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> nn.Module:
         stacks = find_experts(model)
         config: Any = self.quantization_config
+        self._verification = None
+        if checkpoint_files and not skipped():
+            self._verification = _verify(config, model.config, [Path(file) for file in checkpoint_files])
         for path, projections in config.modules.items():
             if path in stacks:
                 model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
@@ -85,15 +106,13 @@ class HalfbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         model.requires_grad_(False)
-        _refuse_missing(model)
-        for name, module in model.named_modules():
-            if isinstance(module, PackedMatrix):
-                try:
-                    for part, owner in module.entry.shared.items():
-                        module.share(part, _matrix(model, owner, name))
-                    module.prepare()
-                except FormatError as e:
-                    raise FormatError(f"{name}: {e}", tensor=name) from e
+        try:
+            _refuse_missing(model)
+            _prepare(model)
+        finally:
+            # what differs from its checksum tells more than what is wrong with it
+            if self._verification is not None:
+                self._verification.result()
         _leave_a_parameter(model)
         return model
 
@@ -110,6 +129,43 @@ class HalfbitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _prepare(model: nn.Module) -> None:
+    """Hand over what modules share; check all that is packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            try:
+                for part, owner in module.entry.shared.items():
+                    module.share(part, _matrix(model, owner, name))
+                module.prepare()
+            except FormatError as e:
+                raise FormatError(f"{name}: {e}", tensor=name) from e
+
+
+def _verify(config: Any, of_model: Any, shards: list[Path]) -> Future[None] | None:
+    """Begin to compare the shards with what the manifest beside them says; None where there is none.
+
+    It is done by a thread of its own, while transformers loads and the formats are checked: nothing computes with a
+    model before its result is there. The result raises FormatError where a shard differs.
+    """
+    path = shards[0].parent / MANIFEST
+    if not path.is_file():
+        # of a hub repository only what was asked for is there
+        commit, name = getattr(of_model, "_commit_hash", None), of_model.name_or_path
+        found = cached_file(name, MANIFEST, revision=commit, **QUIETLY) if commit else None
+        path = Path(found) if found else path
+    if path.is_file():
+        manifest = parse_manifest(path)
+        if config.modules != manifest["packed"]:
+            raise FormatError(f"config.json: its packed modules are not those of {path}; download both again")
+        thread = ThreadPoolExecutor(1, "halfbit-verify")
+        verification = thread.submit(verify_loading, manifest, shards)
+        thread.shutdown(wait=False)
+        return verification
+    if config.manifest:
+        raise FormatError(f"{path}: is missing, and with it all checksums; download it, or load with verify=False")
+    return None
 
 
 def _refuse_missing(model: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from halfbit import formats
 from halfbit.errors import FormatError, HalfbitError
 from halfbit.types import Codec, Packed
+from halfbit.untrusted import short
 
 DTYPES = {
     str(t).removeprefix("torch."): t
@@ -34,6 +35,8 @@ DTYPES = {
 SHAREABLE = "order"
 # of one tensor; more fit no file, and would overflow where sizes are multiplied
 MOST_ELEMENTS = 1 << 56
+# more than torch takes
+MOST_SIDES = 64
 # what a codec stores of a matrix that it pads to tiles is far below this many bytes for each weight
 MOST_BYTES_PER_WEIGHT = 64
 TILE = 256
@@ -92,31 +95,31 @@ class Entry:
     def parse(cls, config: Any, where: str) -> "Entry":
         """From a file. Raises FormatError that begins with `where`."""
         if not isinstance(config, dict) or set(config) != {"codec", "shape", "tensors"}:
-            raise FormatError(f"{where}: expected codec, shape and tensors, got {_short(config)}", tensor=where)
+            raise FormatError(f"{where}: expected codec, shape and tensors, got {short(config)}", tensor=where)
         try:
             codec = formats.from_config(config["codec"])
         except HalfbitError as e:
             raise FormatError(f"{where}: {e}", tensor=where) from e
         shape = config["shape"]
         if not _is_shape(shape) or len(shape) != 3 or 0 in shape:
-            raise FormatError(f"{where}: expected the shape [experts, out, in], got {_short(shape)}", tensor=where)
+            raise FormatError(f"{where}: expected the shape [experts, out, in], got {short(shape)}", tensor=where)
         given = config["tensors"]
         if not isinstance(given, dict) or set(given) != set(codec.parts):
             raise FormatError(
-                f"{where}: expected the tensors {', '.join(codec.parts)} of {codec.name}, got {_short(given)}",
+                f"{where}: expected the tensors {', '.join(codec.parts)} of {codec.name}, got {short(given)}",
                 tensor=where,
             )
         shared = {p: v[2] for p, v in given.items() if isinstance(v, list) and len(v) == 3 and isinstance(v[2], str)}
         plain = {part: value[:2] if part in shared else value for part, value in given.items()}
         tensors = {part: parse_tensor(plain[part], f"{where}.{part}") for part in codec.parts}
         if set(shared) - {SHAREABLE}:
-            raise FormatError(f"{where}: only {SHAREABLE} can be another module's, got {_short(shared)}", tensor=where)
+            raise FormatError(f"{where}: only {SHAREABLE} can be another module's, got {short(shared)}", tensor=where)
         experts, *sides = shape
         most = MOST_BYTES_PER_WEIGHT * experts * prod(-(-side // TILE) * TILE for side in sides)
         for part, (dtype, size) in tensors.items():
             if prod(size) * dtype.itemsize > most:
                 raise FormatError(
-                    f"{where}.{part}: {_short(size)} is more than {codec.name} stores of {_short(shape)}", tensor=where
+                    f"{where}.{part}: {short(size)} is more than {codec.name} stores of {short(shape)}", tensor=where
                 )
         return cls(codec, (shape[0], shape[1], shape[2]), tensors, shared)
 
@@ -132,18 +135,15 @@ class Entry:
 
 def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:
     """`["uint16", [17]]` from a file, as dtype and shape. Raises FormatError."""
-    if not isinstance(value, list) or len(value) != 2 or value[0] not in DTYPES or not _is_shape(value[1]):
-        raise FormatError(f"{where}: expected a dtype and a shape, got {_short(value)}", tensor=where)
-    return DTYPES[value[0]], value[1]
+    match value:
+        case [str(dtype), list(shape)] if dtype in DTYPES and _is_shape(shape):
+            return DTYPES[dtype], shape
+        case _:
+            raise FormatError(f"{where}: expected a dtype and a shape, got {short(value)}", tensor=where)
 
 
 def _is_shape(value: Any) -> bool:
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
         return False
     # strides overflow too where a side is 0
-    return prod(max(n, 1) for n in value) <= MOST_ELEMENTS
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+    return len(value) <= MOST_SIDES and prod(max(n, 1) for n in value) <= MOST_ELEMENTS

@@ -8,11 +8,8 @@ Weights that a checkpoint stores quantized (MXFP4, FP8 with block scales) appear
 weight, dequantized to bfloat16 on reading; their parts (`X_blocks`, `X_scales`, `X_scale_inv`) do not appear.
 """
 
-import json
 import re
-import struct
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -35,6 +32,7 @@ from torch import Tensor
 
 from halfbit import dequantize
 from halfbit.errors import CheckpointError, FormatError, Unsupported
+from halfbit.untrusted import header_bytes, is_plain, parse_json, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,9 +50,6 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-
-# the specification's own limit on a header, so that a foreign file cannot make us read gigabytes
-HEADER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -283,7 +278,7 @@ class Reader:
             raise FormatError(f"{self.files}/{INDEX}: expected a `weight_map` of tensor names to file names")
         for shard in sorted(set(shards.values())):
             # a name from a downloaded file must not lead out of the folder
-            if Path(shard).name != shard:
+            if not is_plain(shard):
                 raise FormatError(f"{self.files}/{INDEX}: {shard!r} is not a plain file name")
             if isinstance(self.files, Folder) and self.files.path(shard) is None:
                 raise CheckpointError(
@@ -292,11 +287,14 @@ class Reader:
         return shards
 
     def _quantization(self, packed_ok: bool) -> tuple[str | None, tuple[int, int]]:
+        inner = self.config.get("text_config")
         found = self.config.get("quantization_config")
-        if found is None:
-            found = (self.config.get("text_config") or {}).get("quantization_config")
+        if found is None and isinstance(inner, dict):
+            found = inner.get("quantization_config")
         if found is None:
             return None, (1, 1)
+        if not isinstance(found, dict):
+            raise FormatError(f"{self.files}: quantization_config must be an object, got {short(found)}")
         method = found.get("quant_method")
         if method == "halfbit" and packed_ok:
             return method, (1, 1)
@@ -413,42 +411,27 @@ def read_json(files: Folder | Hub, filename: str) -> dict[str, Any]:
     path = files.path(filename)
     if path is None:
         raise CheckpointError(f"{files}: {filename} is missing; give a folder saved by `save_pretrained`")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: not JSON ({error}); download the file again") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(content).__name__}; download the file again")
-    return content
+    return parse_json(path.read_bytes(), path)
 
 
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     """Tensor name -> (dtype name, shape) of a safetensors file; checks that the file is as long as its header says."""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        nbytes = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 2 <= nbytes <= min(HEADER_LIMIT, length - 8):
-            raise FormatError(
-                f"{path}: not a safetensors file, or truncated: {length} bytes, header of {nbytes} bytes; download it "
-                "again"
-            )
-        text = file.read(nbytes)
-    try:
-        header = json.loads(text)
-        entries = dict(_entries(header))
-        end = max((e["data_offsets"][1] for e in header.values() if "data_offsets" in e), default=0)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise FormatError(f"{path}: the header is not a safetensors header ({error}); download it again") from error
-    if 8 + nbytes + end != length:
-        raise FormatError(f"{path}: truncated: expected {8 + nbytes + end} bytes, got {length}; download it again")
+    length, found = path.stat().st_size, header_bytes(path)
+    entries, end = {}, 0
+    for name, entry in parse_json(found[8:], f"{path}: the header").items():
+        if name == "__metadata__":
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(), int(stop)]} if all(
+                type(n) is int and n >= 0 for n in shape
+            ):
+                entries[name] = dtype, shape
+                end = max(end, stop)
+            case _:
+                raise FormatError(f"{path}: the header is not a safetensors header ({name}); download it again")
+    if len(found) + end != length:
+        raise FormatError(f"{path}: truncated: expected {len(found) + end} bytes, got {length}; download it again")
     return entries
-
-
-def _entries(header: dict[str, Any]) -> Iterator[tuple[str, tuple[str, list[int]]]]:
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, (entry["dtype"], entry["shape"])
 
 
 def _parts(virtual: Mxfp4 | Fp8) -> tuple[str, str]:

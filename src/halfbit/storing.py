@@ -1,7 +1,6 @@
 """What a run hands to the writer, whether it solved the weights or found them packed: matrices, what stays, config."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
@@ -14,10 +13,11 @@ from halfbit.claims import Claims
 from halfbit.experts import ExpertStack
 from halfbit.layout import Entry, stored_name
 from halfbit.linears import WEIGHT, Linear
+from halfbit.manifest import checksum
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
 from halfbit.types import Packed
-from halfbit.writer import FORMAT_VERSION, Writer, checksum
+from halfbit.writer import FORMAT_VERSION, Writer
 
 # of the files that hold what lies outside the blocks
 SHARD_BYTES = 2 << 30
@@ -92,12 +92,13 @@ def _shards(reader: Reader, names: list[str]) -> list[list[str]]:
 
 def folder_config(reader: Reader, writer: Writer, tied: Mapping[str, str]) -> dict[str, Any]:
     """config.json of the source with what is packed in the folder; `tied` as in `HalfbitConfig`."""
-    config = json.loads(reader.path("config.json").read_text("utf-8"))
+    config = dict(reader.config)
     config["quantization_config"] = {
         "quant_method": "halfbit",
         "format": FORMAT_VERSION,
         "modules": writer.manifest["packed"],
         "tied": dict(tied),
+        "manifest": True,
     }
     return config
 

@@ -9,7 +9,6 @@ The original and the compressed model are never both in memory. A run that was k
 saved and gives the same result. The compressed folder it starts from stays as it is; the result is a new one.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from halfbit.families import open_family
 from halfbit.family import Family, read_config
 from halfbit.layout import Entry, stored_name
 from halfbit.learner import Learner
+from halfbit.manifest import read_manifest
 from halfbit.nn import PackedExperts, PackedLinear, stored_names
 from halfbit.reader import Reader
 from halfbit.recipe import ROUTERS, Tuning
@@ -37,7 +37,8 @@ from halfbit.samples import Sample, with_noise
 from halfbit.teacher import ask, divergence
 from halfbit.tunable import DENSITY_EVERY, TunableExperts, TunableMatrix, TunableStack, frozen, is_tunable
 from halfbit.types import Packed
-from halfbit.writer import INDEX, Writer, read_manifest
+from halfbit.untrusted import read_json
+from halfbit.writer import INDEX, Writer
 
 TEACHER = ".teacher.safetensors"
 STATE = ".tuning.safetensors"
@@ -196,7 +197,7 @@ class Student:
 
     def _choose(self, compressed: Path, tuning: Tuning) -> None:
         """Weights that are stored under their own name: norms, biases, routers; linear layers where `dense` says so."""
-        stored = json.loads((compressed / "manifest.json").read_text("utf-8"))["tensors"]
+        stored = read_manifest(compressed)["tensors"]
         outside = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if m}
         for name, parameter in self.model.named_parameters():
             if name not in stored or id(parameter) in outside or not parameter.is_floating_point():
@@ -358,7 +359,7 @@ def _write(
     for (path, name), parts in packed.items():
         for number, part in enumerate(parts):
             writer.manifest["matrices"][f"{path}.{number}.{name}"]["bits_per_weight"] = part.bits_per_weight
-    config = json.loads((compressed / "config.json").read_text("utf-8"))
+    config = read_json(compressed / "config.json")
     config["quantization_config"]["modules"] = writer.manifest["packed"]
     copied = [compressed / name for name in manifest["files"] if name not in ("config.json", "recipe.toml", INDEX)]
     writer.finish(config, copied, (compressed / "recipe.toml").read_text("utf-8"))

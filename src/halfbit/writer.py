@@ -22,69 +22,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbit.errors import FormatError, OutputError
-from halfbit.layout import Entry, name_of, parse_tensor
+from halfbit.manifest import (
+    MANIFEST,
+    MANIFEST_FORMAT,
+    header_checksum,
+    read_manifest,
+    tensor_entry,
+    text_of,
+)
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 ALLOCATION = "allocation.json"
-# what the manifest says of every matrix
-FACTS = ("loss", "bits_per_weight", "tokens")
-
-
-def checksum(tensor: Tensor) -> str:
-    """SHA-256 of the tensor's bytes as they lie in the file (row major, little endian)."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder written here. Raises FormatError when there is none or it is of another version."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FormatError(f"{folder}: no {MANIFEST}; this is not a folder that halfbit compress wrote")
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise FormatError(f"{path}: not valid JSON ({e}); compress the model again") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise FormatError(f"{path}: expected format {FORMAT_VERSION}, got {got!r}; use the halfbit that wrote it")
-    try:
-        _check_manifest(manifest)
-    except FormatError as e:
-        raise FormatError(f"{path}: {e}; compress the model again", tensor=e.tensor) from e
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Everything that readers of a manifest rely on."""
-    for key in ("about", "blocks", "tensors", "packed", "matrices", "coverage", "files"):
-        if not isinstance(manifest.get(key), dict):
-            raise FormatError(f"expected an object {key!r}, got {manifest.get(key)!r}")
-    if not isinstance(manifest.get("complete"), bool) or not isinstance(manifest.get("fingerprint"), str):
-        raise FormatError("expected complete (true or false) and fingerprint (text)")
-    for name, entry in manifest["tensors"].items():
-        if not isinstance(entry, dict) or not {"file", "dtype", "shape", "sha256"} <= set(entry):
-            raise FormatError(f"{name}: expected file, dtype, shape and sha256, got {entry!r}", tensor=name)
-        parse_tensor([entry["dtype"], entry["shape"]], name)
-        # a name from a downloaded file must not lead out of the folder
-        if not isinstance(entry["file"], str) or Path(entry["file"]).name != entry["file"]:
-            raise FormatError(f"{name}: {entry['file']!r} is not a plain file name", tensor=name)
-    for path, projections in manifest["packed"].items():
-        if not isinstance(projections, dict):
-            raise FormatError(f"{path}: expected an object of projections, got {projections!r}", tensor=path)
-        for projection, config in projections.items():
-            Entry.parse(config, f"{path}.{projection}")
-    for name, fact in manifest["matrices"].items():
-        if not isinstance(fact, dict) or not all(isinstance(fact.get(k), float | int) for k in FACTS):
-            raise FormatError(f"{name}: expected {', '.join(FACTS)}, got {fact!r}", tensor=name)
 
 
 class Writer:
@@ -117,7 +71,7 @@ class Writer:
             with _disk(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest = {
-                "format": FORMAT_VERSION,
+                "format": MANIFEST_FORMAT,
                 "complete": False,
                 "fingerprint": fingerprint,
                 "about": about,
@@ -126,6 +80,7 @@ class Writer:
                 "packed": {},
                 "matrices": {},
                 "coverage": {},
+                "headers": {},
                 "files": {},
             }
             self._write_manifest()
@@ -155,12 +110,8 @@ class Writer:
             target = self.folder / file
             self.atomically(target, lambda temporary: save_file(self._tensors, temporary, metadata={"format": "pt"}))
             for name, tensor in self._tensors.items():
-                self.manifest["tensors"][name] = {
-                    "file": file,
-                    "dtype": name_of(tensor.dtype),
-                    "shape": list(tensor.shape),
-                    "sha256": checksum(tensor),
-                }
+                self.manifest["tensors"][name] = tensor_entry(file, tensor)
+            self.manifest.setdefault("headers", {})[file] = header_checksum(target)
         self.manifest["blocks"][block] = {"file": file, "tensors": list(self._tensors)}
         for kind, values in self._records.items():
             self.manifest[kind].update(values)
@@ -201,7 +152,7 @@ class Writer:
         self._text("config.json", settings)
 
     def _write_manifest(self) -> None:
-        self._text(MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        self._text(MANIFEST, text_of(self.manifest))
 
     def _text(self, name: str, text: str) -> None:
         self.atomically(self.folder / name, lambda temporary: temporary.write_text(text, "utf-8"))
