@@ -111,8 +111,9 @@ class HalfbitQuantizer(HfQuantizer):
             _prepare(model)
         finally:
             # what differs from its checksum tells more than what is wrong with it
-            if self._verification is not None:
-                self._verification.result()
+            verification, self._verification = self._verification, None
+            if verification is not None:
+                verification.result()
         _leave_a_parameter(model)
         return model
 
