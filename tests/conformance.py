@@ -43,7 +43,13 @@ VARIANTS: dict[str, list[dict]] = {
         {"bits": 7, "group": 8, "scale_bits": 16, "zero_bits": 16},
         {"bits": 3, "group": 8, "supergroup": 16, "scale_bits": 4, "zero_bits": 2, "rounding": "float16"},
     ],
-    "runlength": [{}, {"scale_bits": 0}, {"scale_bits": 3, "lane": 256}, {"scale_bits": 8, "lane": 16384}],
+    "runlength": [
+        {},
+        {"scale_bits": 0},
+        {"scale_bits": 3, "lane": 256},
+        {"scale_bits": 8, "lane": 16384},
+        {"rotated": True},
+    ],
     "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
     # encodes nothing; test_mixed.py puts it through the checks of stacks
     "mixed": [],
@@ -132,6 +138,7 @@ def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Itera
     found = False
     for grid in _stored_grids(codec):
         (solution,) = rtn(w, None, grid, names=["w"])
+        solution = replace(solution, rotated=getattr(codec, "rotated", False))
         ordered = _ordered(solution, random)
         richer = next((s for s in (_with_outliers(ordered, random), ordered) if _stores(codec, s)), None)
         for kind in (solution, richer):
@@ -155,7 +162,8 @@ def _stored_grids(codec: Codec) -> list[Grid]:
     stored = []
     for grid in dict.fromkeys(grids() + _own_grid(codec)):
         quick = replace(grid, fitting="min-max") if isinstance(grid, Bilevel) else grid
-        if _stores(codec, rtn(torch.tensor([[[-1.0, 1.0]]]), None, quick, names=["w"])[0]):
+        (solution,) = rtn(torch.tensor([[[-1.0, 1.0]]]), None, quick, names=["w"])
+        if _stores(codec, replace(solution, rotated=getattr(codec, "rotated", False))):
             stored.append(quick)
     return stored
 

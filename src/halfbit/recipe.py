@@ -110,7 +110,8 @@ class Rule:
             raise RecipeError(f"{where}: this codec stores no column order; use codec 'spqr' or 'grouped'")
         if self.grid is not None and self.codec is not None:
             try:  # on a matrix of two weights, now and not after an hour
-                self.codec.encode(rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])[0])
+                (solution,) = rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])
+                self.codec.encode(replace(solution, rotated=getattr(self.codec, "rotated", False)))
             except Unsupported as e:
                 raise RecipeError(f"{where}: grid and codec do not fit together: {e}") from e
 

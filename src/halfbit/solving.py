@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import RecipeError, Unsupported
+from halfbit.formats.runlength import RunLength
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import LEAST, MOST, Deadzone
 from halfbit.recipe import Rule, Solving
+from halfbit.rotation import both_sides, rotate
 from halfbit.solve.budget import gptq_with_share
 from halfbit.solve.gptq import gptq, prepare
 from halfbit.solve.gptq import solve as solve_problem
@@ -85,6 +87,12 @@ def _solve(
     rule = rules[0]
     grid = rule.grid
     assert grid is not None
+    if isinstance(rule.codec, RunLength) and rule.codec.rotated:
+        plain = replace(rule.codec, rotated=False)
+        inside = [replace(r, codec=plain) for r in rules]
+        w, hessian = rotate(w), None if hessian is None else both_sides(hessian)
+        found = _solve(w, hessian, inside, solving, names, notices, order_is_stored)
+        return [replace(s, rotated=True) for s in found]
     if rule.solver == "rtn":
         with _naming(names):
             return [on_cpu(s) for s in rtn(w, hessian, grid, names=names)]

@@ -23,6 +23,7 @@ from halfbit.formats.runlength import RunLength
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.nn import PackedExperts, PackedLinear
+from halfbit.rotation import rotate, undo
 from halfbit.types import Codec, Packed, Solution
 
 T = TypeVar("T")
@@ -55,6 +56,10 @@ def _levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (codes > 0) * high + (codes < 0) * low
 
 
+def _undone(make: Callable[[], Tensor]) -> Tensor:
+    return undo(make())
+
+
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
@@ -71,6 +76,7 @@ class TunableMatrix(nn.Module):
         low, high: `[experts, out, 1]`, what the codes -1 and 1 stand for; of a symmetric grid low is None.
         codes: int8 `[experts, out, in]`; None where there are latent values.
         latent: float32 `[experts, out, in]` or None.
+        rotated: codes and latent values are of matrices with rotated columns.
 
     Args:
         packed: the tall matrix.
@@ -85,6 +91,11 @@ class TunableMatrix(nn.Module):
     def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
         super().__init__()
         self.codec: Codec = packed.codec
+        self.rotated = isinstance(packed.codec, RunLength) and packed.codec.rotated
+        if isinstance(packed.codec, RunLength):
+            packed = packed.codec.unrotated(packed)
+        if self.rotated and original is not None:
+            original = rotate(original)
         dense = packed.codec.decode(packed).view(experts, -1, packed.shape[1])
         codes = _codes(dense, 0.0, 0.0)
         high, low = dense.amax(-1, keepdim=True).clamp(min=0), dense.amin(-1, keepdim=True).clamp(max=0)
@@ -133,6 +144,11 @@ class TunableMatrix(nn.Module):
 
     def weights(self) -> list[Callable[[], Tensor]]:
         """What makes each matrix, `[out, in]`, when it is wanted."""
+        found = self._stored()
+        return [partial(_undone, make) for make in found] if self.rotated else found
+
+    def _stored(self) -> list[Callable[[], Tensor]]:
+        """The same with rotated columns, where they are."""
         # taken apart once: the gradient of one slice is a stack of zeros around it
         high = self.high.unbind(0)
         low = [-h for h in high] if self.low is None else self.low.unbind(0)
@@ -156,7 +172,7 @@ class TunableMatrix(nn.Module):
                 assert self.low is not None
                 levels = torch.stack([self.low[e, :, 0].clamp(max=0), high], -1)
                 params = {"levels": levels[:, None].to(torch.bfloat16)}
-            found.append(self.codec.encode(Solution(grid, codes[e], params)))
+            found.append(self.codec.encode(Solution(grid, codes[e], params, rotated=self.rotated)))
         return found
 
 

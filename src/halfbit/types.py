@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from halfbit.rotation import undo
+
 Params = dict[str, Tensor]
 
 
@@ -82,6 +84,7 @@ class Solution:
         loss: relative output error tr(dW H dW^T) / tr(W H W^T) under the Hessian that was used.
         outliers: weights that are not on the grid; None: there are none.
         order: int64 `[in]`, stored column j is the matrix's column `order[j]`; None: the columns are where they were.
+        rotated: all of the above is of the matrix with rotated columns (`rotation.py`).
     """
 
     grid: Grid
@@ -90,6 +93,7 @@ class Solution:
     loss: float = float("nan")
     outliers: Outliers | None = None
     order: Tensor | None = None
+    rotated: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,7 +109,8 @@ class Solution:
         dense = torch.cat(parts, dim=1) if parts else self.codes.to(torch.float32)
         if self.outliers is not None:
             dense[self.outliers.rows, self.outliers.columns] = self.outliers.values.to(dense.dtype)
-        return dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order, dense)
+        dense = dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order, dense)
+        return undo(dense) if self.rotated else dense
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """What the codecs say alike about the matrices they are given."""
 
-from halfbit.errors import FormatError
-from halfbit.types import Packed
+from halfbit.errors import FormatError, Unsupported
+from halfbit.types import Codec, Packed, Solution
 
 
 def one_shape(parts: list[Packed]) -> tuple[int, int]:
@@ -22,3 +22,13 @@ def check_stack(packed: Packed, count: int) -> None:
         packed.codec.part(packed, 0, count)
     except ValueError as e:
         raise FormatError(f"expected a stack of {count}: {e}; the file is damaged") from e
+
+
+def check_rotated(codec: Codec, solution: Solution) -> None:
+    """Raise Unsupported unless the solution's columns are rotated where the codec's are."""
+    if solution.rotated != getattr(codec, "rotated", False):
+        have = "rotated" if solution.rotated else "not rotated"
+        raise Unsupported(
+            f"{codec.name}: {codec!r} cannot store a solution whose columns are {have}; rotated columns are stored by "
+            '{ name = "runlength", rotated = true } alone'
+        )

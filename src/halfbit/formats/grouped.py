@@ -21,7 +21,7 @@ from halfbit.bits import pack, packed_bytes, unpack
 from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._grouped_product import grouped_product
 from halfbit.formats._order import check_order, order_of, pack_order, part_order, put_back, stack_orders, unpack_order
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.grids.affine import Affine
 from halfbit.types import Packed, Solution
 
@@ -60,6 +60,7 @@ class Grouped:
         return ("codes", "scale", "zero", "order")
 
     def encode(self, solution: Solution) -> Packed:
+        check_rotated(self, solution)
         if solution.grid != self.grid:
             raise Unsupported(f"grouped: {self!r} stores {self.grid!r}, got {solution.grid!r}; make the two agree")
         if solution.outliers is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbit.errors import FormatError, Unsupported
 from halfbit.formats._eager import eager
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.formats.qmoe import kernels, reference
 from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
 from halfbit.grids.ternary import Ternary
@@ -53,6 +53,7 @@ class QMoE:
         return ("codewords", "row_lengths", "levels", "pivots")
 
     def encode(self, solution: Solution) -> Packed:
+        check_rotated(self, solution)
         if not isinstance(solution.grid, Ternary):
             raise Unsupported(f"qmoe: stores the grid 'ternary', got {solution.grid!r}; use the format 'grouped'")
         if solution.outliers is not None or solution.order is not None:

@@ -16,7 +16,7 @@ README.md beside this file has the drawing and the derivation.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,12 +25,13 @@ from torch import Tensor
 from halfbit import bits
 from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._eager import eager
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.formats.runlength import kernels, reference
 from halfbit.formats.runlength.lanes import EXPONENTS, Lanes
 from halfbit.formats.runlength.tables import CLASSES, tables
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
+from halfbit.rotation import rotated_input, undo
 from halfbit.types import Packed, Params, Solution
 
 DTYPES = {
@@ -54,10 +55,12 @@ class RunLength:
     Attributes:
         scale_bits: of the grid `deadzone`, 2 to 8; 0: the grid is `ternary`, with two bfloat16 per row.
         lane: weights that one lane decodes, a power of two, 256 to 16384; None: by density, about 800 bits.
+        rotated: the codes are of the matrix with its columns rotated (`rotation.py`); a product rotates x.
     """
 
     scale_bits: int = 5
     lane: int | None = None
+    rotated: bool = False
 
     name: ClassVar[str] = "runlength"
 
@@ -72,6 +75,7 @@ class RunLength:
         return tuple(DTYPES)
 
     def encode(self, solution: Solution) -> Packed:
+        check_rotated(self, solution)
         grid = Ternary() if self.scale_bits == 0 else Deadzone(self.scale_bits)
         if solution.grid != grid:
             raise Unsupported(f"runlength: {self!r} stores the grid {grid!r}, got {solution.grid!r}")
@@ -110,7 +114,16 @@ class RunLength:
             upto = tile + lanes.tiles
             codes.append(kernels.decode(stream, offsets[tile : upto + 1], of_tile[tile:upto], entries, lanes))
             tile = upto
-        return reference.values(torch.cat(codes), levels)
+        dense = reference.values(torch.cat(codes), levels)
+        if self.rotated and not torch.isfinite(dense := undo(dense)).all():
+            raise FormatError(
+                "runlength: scales are too large for this matrix; the file is damaged", tensor="scale_grid"
+            )
+        return dense
+
+    def unrotated(self, packed: Packed) -> Packed:
+        """The same bytes as a matrix whose columns are what they are."""
+        return replace(packed, codec=replace(self, rotated=False))
 
     def check(self, packed: Packed) -> None:
         # the last state of each lane and the end of each tile say whether all before them was read aright
@@ -170,6 +183,9 @@ class RunLength:
         return torch.cat([-scale, scale], 1)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        if self.rotated:
+            plain = replace(self, rotated=False)
+            return plain.product(rotated_input(x), starts, tensors, out_features).to(x.dtype)
         if eager(x):
             return kernels.multiply(x, starts, tensors, out_features)
         return torch.ops.halfbit.runlength_product(x, starts, tensors, out_features)

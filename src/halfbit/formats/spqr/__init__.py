@@ -26,7 +26,7 @@ from torch import Tensor
 from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._eager import eager
 from halfbit.formats._order import check_order, pack_order, part_order, stack_orders, unpack_order
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.formats.spqr import kernels, reference, tiled
 from halfbit.formats.spqr.reference import CHUNK, Form, Matrix, Operands, nibbles
 from halfbit.formats.spqr.tiled import TILE
@@ -93,6 +93,7 @@ class SpQR:
         )
 
     def encode(self, solution: Solution) -> Packed:
+        check_rotated(self, solution)
         if solution.grid != self.grid:
             raise Unsupported(f"spqr: {self!r} stores {self.grid!r}, got {solution.grid!r}; make the two agree")
         params, second, tensors = solution.params, [], {"codes": tiled.pack(solution.codes, self.bits)[None]}
