@@ -26,6 +26,10 @@ import torch
 
 from halfbit import recipe
 
+# what the plot shows; other rows are experiments of docs/LOG.md
+DRAWN = (
+    "halfbit", "runlength", "qmoe", "qmoe-grid", "qmoe-2bit", "rtn-ternary", "gptq-2-g128", "gptq-3-g128", "rtn-2-g128",
+)  # fmt: skip
 RATES = [0.4, 0.5, 0.67, 0.8, 1.0, 1.2, 1.48, 2.0, 2.5, 3.0]
 ROW = re.compile(r"(?P<text>\S+): perplexity (?P<perplexity>[\d.]+) .*?KL (?P<kl>[\d.]+)")
 
@@ -77,23 +81,22 @@ def on_experts(name: str) -> recipe.Recipe:
 
 
 def plot(path: Path) -> None:
-    """All rows of results.csv: bits against KL divergence, a row of panels per model, one per text; dashed: tuned."""
+    """Rows of results.csv, the newest of a name: bits against KL divergence, a row of panels per model, one per text;
+    dashed: tuned."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    with record.RESULTS.open() as file:
+        rows = {(row["shape"], row["what"]): row for row in csv.DictReader(file) if row["bench"] == "rates"}
     # model -> text -> (recipe, tuned) -> points
     panels: dict[str, dict[str, dict[tuple[str, bool], list[tuple[float, float]]]]] = {}
-    with record.RESULTS.open() as file:
-        for row in csv.DictReader(file):
-            if row["bench"] != "rates":
-                continue
-            bits = float(row["note"].split()[0])
-            name = row["what"].split(",")[0].split()[0]
-            for found in ROW.finditer(row["note"]):
-                curves = panels.setdefault(row["shape"], {}).setdefault(found["text"], {})
-                curves.setdefault((name, "tuning" in row["what"]), []).append((bits, float(found["kl"])))
+    for (model, what), row in rows.items():
+        bits, name = float(row["note"].split()[0]), what.split(",")[0].split()[0]
+        for found in ROW.finditer(row["note"]) if name in DRAWN else ():
+            curves = panels.setdefault(model, {}).setdefault(found["text"], {})
+            curves.setdefault((name, "tuning" in what), []).append((bits, float(found["kl"])))
     names = sorted({name for texts in panels.values() for curves in texts.values() for name, _ in curves})
     columns = max(map(len, panels.values()))
     figure, axes = plt.subplots(len(panels), columns, figsize=(6 * columns, 4.5 * len(panels)), squeeze=False)
