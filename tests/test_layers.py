@@ -6,7 +6,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 
 LAYERS = (
-    {"errors", "types", "native", "events"},
+    {"errors", "rotation", "learner"},
+    {"types", "native", "events"},
     {"untrusted"},
     {"registry", "bits", "config", "dequantize"},
     {"grids", "reader", "experts", "linears"},
@@ -18,7 +19,7 @@ LAYERS = (
     {"flow", "solving", "storing", "evaluate", "tunable"},
     {"expert_groups", "linear_groups"},
     {"teacher", "sizes", "probe"},
-    {"tune", "allocation"},
+    {"tune", "tune_group", "allocation"},
     {"compress", "folder", "importers"},
     {"hf", "search"},
     {"__init__", "cli"},
