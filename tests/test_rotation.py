@@ -23,7 +23,7 @@ from halfbit.rotation import _signs, block, both_sides, rotate, rotated_input, u
 from halfbit.solve.loss import relative_loss
 from halfbit.solve.rtn import rtn
 from halfbit.solving import solve
-from halfbit.tunable import TunableMatrix
+from halfbit.tunable import TunableMatrix, TunableStack
 
 ROTATED = "rotated = false -> rotated = true"
 SIZES = [1, 2, 7, 24, 96, 256, 768]
@@ -119,3 +119,25 @@ def test_models_run_and_are_tuned_from_rotated_columns(name: str, saved, tmp_pat
     events = list(compress(str(source), tmp_path / "tuned", how, text(source, 300)))
     assert sum(isinstance(e, Tuned) for e in events) == 4
     assert not [found for found in verify(tmp_path / "tuned") if isinstance(found, Problem)]
+
+
+def test_a_stack_multiplies_by_what_it_stands_for_and_hands_the_gradient_on() -> None:
+    w = torch.randn(3, 10, 40, generator=torch.Generator().manual_seed(3))
+    codec = RunLength(rotated=True)
+    solutions = rtn(rotate(w), None, Deadzone(5, spread=2.4), names=["a", "b", "c"])
+    stack = codec.stack([codec.encode(replace(s, rotated=True)) for s in solutions])
+    opened, starts = TunableStack(stack, 3, w), torch.tensor([0, 2, 2, 6])
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = opened(x, starts)
+    dense = codec.decode(stack).view(3, 10, 40)
+    expected = torch.cat([x[:2] @ dense[0].T, x[2:] @ dense[2].T])
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    y.backward(upstream)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.cat([upstream[:2] @ dense[0], upstream[2:] @ dense[2]]), rtol=1e-4, atol=1e-4)
+    (matrix,) = opened.tunable
+    assert matrix.latent is not None
+    assert matrix.latent.grad is not None
+    # the gradient of a weight, rotated as the weight is
+    assert torch.allclose(matrix.latent.grad[2], rotate(upstream[2:].T @ x[2:].detach()), rtol=1e-4, atol=1e-4)

@@ -144,10 +144,10 @@ class TunableMatrix(nn.Module):
 
     def weights(self) -> list[Callable[[], Tensor]]:
         """What makes each matrix, `[out, in]`, when it is wanted."""
-        found = self._stored()
+        found = self.stored()
         return [partial(_undone, make) for make in found] if self.rotated else found
 
-    def _stored(self) -> list[Callable[[], Tensor]]:
+    def stored(self) -> list[Callable[[], Tensor]]:
         """The same with rotated columns, where they are."""
         # taken apart once: the gradient of one slice is a stack of zeros around it
         high = self.high.unbind(0)
@@ -185,6 +185,7 @@ class ConstantMatrix(nn.Module):
     """
 
     dense: Tensor
+    rotated = False
 
     def __init__(self, packed: Packed, experts: int):
         super().__init__()
@@ -195,6 +196,10 @@ class ConstantMatrix(nn.Module):
     def weights(self) -> list[Callable[[], Tensor]]:
         """See `TunableMatrix.weights`."""
         return [partial(_as_it_is, w) for w in self.dense]
+
+    def stored(self) -> list[Callable[[], Tensor]]:
+        """The same: nothing is rotated."""
+        return self.weights()
 
     def packed(self) -> list[Packed]:
         """The matrices as they were given."""
@@ -239,9 +244,12 @@ class TunableStack(nn.Module):
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """Grouped product, see `Codec.product`; differentiable."""
-        weights = self.weights()
-        bounds = enumerate(pairwise(starts.tolist()))
-        parts = [x[first:last] @ weights[e]().T for e, (first, last) in bounds if last > first]
+        members = self._members()
+        makers = self._in_order([[(m.rotated, make) for make in m.stored()] for m in members])
+        # x is rotated once, which is less work than to rotate the matrices back
+        given = {False: x, True: rotate(x) if any(m.rotated for m in members) else x}
+        bounds = zip(makers, pairwise(starts.tolist()), strict=True)
+        parts = [given[rotated][first:last] @ make().T for (rotated, make), (first, last) in bounds if last > first]
         return torch.cat(parts) if parts else x.new_empty(0, self._out)
 
     def weights(self) -> list[Callable[[], Tensor]]:
