@@ -17,7 +17,7 @@ import halfbit
 from halfbit import formats
 from halfbit.errors import FormatError, HalfbitError
 from halfbit.folder import Problem, inspect
-from halfbit.manifest import MANIFEST, fast_checksum, parse_manifest, read_manifest, text_of
+from halfbit.manifest import MANIFEST, fast_checksum, parse_manifest, read_manifest, text_of, verify_shard
 from halfbit.untrusted import DEEPEST, header_bytes, is_plain, parse_json, short
 
 
@@ -154,6 +154,18 @@ def test_a_folder_of_the_first_format_is_verified_by_its_sha256(copy, monkeypatc
     assert problems(copy)
     with pytest.raises(FormatError, match="checksum differs"):
         load(copy)
+
+
+def test_a_file_that_is_cut_off_while_it_is_verified_is_a_problem(copy) -> None:
+    """Not a bus error, which reading mapped bytes would give: whoever loads a folder may replace it when that failed."""
+    manifest = read_manifest(copy)
+    shard = max(copy.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    found = verify_shard(shard, manifest)
+    assert isinstance(next(found), str)
+    with shard.open("r+b") as file:
+        file.truncate(len(header_bytes(shard)))
+    rest = list(found)
+    assert isinstance(rest[-1], Problem) and rest[-1].where == shard.name, rest[-1]
 
 
 def test_a_model_that_is_saved_again_says_of_no_manifest(copy, tmp_path) -> None:
