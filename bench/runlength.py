@@ -30,13 +30,16 @@ SHAPES = [(2080, 6144), (768, 2048)]
 EXPERTS = 8
 
 
-def deadzone(rows: int, columns: int, zeros: float, scale_bits: int) -> Solution:
+def deadzone(rows: int, columns: int, zeros: float, codec: RunLength) -> Solution:
     """Independent symbols of either sign."""
+    scale_bits = codec.scale_bits or 5
     random = torch.Generator().manual_seed(0)
     draw = torch.rand(rows, columns, generator=random)
     codes = (draw > zeros).to(torch.uint8) + (draw > (1 + zeros) / 2)
     params = Deadzone(scale_bits).store(torch.rand(rows, generator=random) + 0.5)
-    return Solution(Deadzone(scale_bits), codes, {key: value[:, None] for key, value in params.items()})
+    return Solution(
+        Deadzone(scale_bits), codes, {key: value[:, None] for key, value in params.items()}, rotated=codec.rotated
+    )
 
 
 def entropy(codes: torch.Tensor) -> float:
@@ -52,7 +55,7 @@ def size_rows(codec: RunLength) -> list[dict]:
     for zeros in ZEROS:
         cells = []
         for out, columns in SIZES:
-            solution = deadzone(out, columns, zeros, codec.scale_bits or 5)
+            solution = deadzone(out, columns, zeros, codec)
             bits, limit = codec.encode(solution).bits_per_weight, entropy(solution.codes)
             cells.append(f"{bits:10.4f} {bits / limit:7.4f}")
             note = (
@@ -106,6 +109,7 @@ class Layer(products.Case):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--zeros", type=float, default=0.886, help="of the matrices that are timed")
+    parser.add_argument("--rotated", action="store_true", help="columns are rotated, as the recipe halfbit has them")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=100)
@@ -118,7 +122,7 @@ def main() -> None:
     native.extension.set_isa(options.isa)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    codec = RunLength()
+    codec = RunLength(rotated=options.rotated)
     rows = size_rows(codec)
     print(
         f"\n{record.machine()}, torch {torch.__version__}, {options.repetitions} repetitions, median and 10-90 % range"
@@ -126,8 +130,9 @@ def main() -> None:
     cases = [(products.Case, *SHAPES[0]), (products.Case, *SHAPES[1]), (Layer, *SHAPES[1])]
     for kind, out, columns in cases:
         torch.set_num_threads(1)
-        case = kind(codec, deadzone(out, columns, options.zeros, 5), options.dense_mib)
+        case = kind(codec, deadzone(out, columns, options.zeros, codec), options.dense_mib)
         about = f"{EXPERTS} experts in one call, " if kind is Layer else ""
+        about += "rotated, " if options.rotated else ""
         about += f"{100 * options.zeros:.1f} % zeros, {case.packed.nbytes / 1e6:.2f} MB"
         million = out * columns / case.encode_seconds / 1e6
         print(f"\n{out}x{columns}, {case.count} matrices, {about}, encode {million:.0f} million weights/s")

@@ -19,7 +19,7 @@ from halfbit.formats.runlength import RunLength
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.deadzone import Deadzone
 from halfbit.recipe import Recipe, Rule, Solving
-from halfbit.rotation import _signs, block, both_sides, rotate, rotated_input, undo
+from halfbit.rotation import block, both_sides, rotate, rotated_input, signs, undo
 from halfbit.solve.loss import relative_loss
 from halfbit.solve.rtn import rtn
 from halfbit.solving import solve
@@ -35,7 +35,7 @@ def matrix(columns: int) -> Tensor:
     while len(h) < block(columns):
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     whole = torch.block_diag(*[h / len(h) ** 0.5] * (columns // len(h)))
-    return whole * _signs(columns)
+    return whole * signs(columns)
 
 
 @pytest.mark.parametrize("columns", SIZES)
@@ -50,12 +50,12 @@ def test_it_is_an_orthogonal_matrix_and_all_its_forms_are_that_one(columns: int)
     assert torch.allclose(rotated_input(x.half()).double(), x.half().double() @ r.T, atol=1e-5)
 
 
-def test_the_block_is_the_largest_power_of_two_that_fits_and_signs_never_change() -> None:
+def test_the_block_is_the_largest_power_of_two_that_fits_andsigns_never_change() -> None:
     assert [block(n) for n in (*SIZES, 2048, 2080, 6144)] == [1, 2, 1, 8, 32, 256, 256, 256, 32, 256]
     # files depend on them
-    signs = "".join("-+"[int(s > 0)] for s in _signs(32))
-    assert signs == "-++-+++-+-+-----+-+----+--++---+"
-    assert abs(int(_signs(4096).sum())) < 200
+    text = "".join("-+"[int(s > 0)] for s in signs(32))
+    assert text == "-++-+++-+-+-----+-+----+--++---+"
+    assert abs(int(signs(4096).sum())) < 200
 
 
 @pytest.mark.parametrize(("bits", "solver"), [(None, "gptq"), (0.8, "gptq"), (None, "rtn")])
@@ -119,6 +119,26 @@ def test_models_run_and_are_tuned_from_rotated_columns(name: str, saved, tmp_pat
     events = list(compress(str(source), tmp_path / "tuned", how, text(source, 300)))
     assert sum(isinstance(e, Tuned) for e in events) == 4
     assert not [found for found in verify(tmp_path / "tuned") if isinstance(found, Problem)]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 24, 768])
+@pytest.mark.parametrize("counts", [[1], [1, 0, 3], [40, 2, 0]])
+def test_x_is_rotated_as_the_definition_says(columns: int, counts: list[int]) -> None:
+    w = torch.randn(len(counts), 50, columns, generator=torch.Generator().manual_seed(3))
+    codec, plain = RunLength(rotated=True), RunLength()
+    solutions = rtn(w, None, Deadzone(5, spread=2.4), names=[str(n) for n in range(len(w))])
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    x = torch.randn(sum(counts), columns, generator=torch.Generator().manual_seed(1))
+    operands = codec.runtime(codec.stack([codec.encode(replace(s, rotated=True)) for s in solutions]))
+    of_plain = plain.runtime(plain.stack([plain.encode(s) for s in solutions]))
+    y, expected = codec.product(x, starts, operands, 50), plain.product(rotate(x), starts, of_plain, 50)
+    few = torch.tensor(counts).repeat_interleave(torch.tensor(counts)) <= 32
+    # to the bit; many tokens are rotated by a matrix product, which rounds otherwise
+    assert torch.equal(y[few], expected[few])
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+    half = codec.product(x.bfloat16(), starts, operands, 50)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half[few], plain.product(rotate(x.bfloat16().float()), starts, of_plain, 50).bfloat16()[few])
 
 
 def test_a_stack_multiplies_by_what_it_stands_for_and_hands_the_gradient_on() -> None:

@@ -157,15 +157,16 @@ def test_a_folder_of_the_first_format_is_verified_by_its_sha256(copy, monkeypatc
 
 
 def test_a_file_that_is_cut_off_while_it_is_verified_is_a_problem(copy) -> None:
-    """Not a bus error, which reading mapped bytes would give: whoever loads a folder may replace it when that failed."""
+    """Not a bus error, which reading mapped bytes would give: whoever could not load a folder replaces it."""
     manifest = read_manifest(copy)
     shard = max(copy.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     found = verify_shard(shard, manifest)
     assert isinstance(next(found), str)
     with shard.open("r+b") as file:
         file.truncate(len(header_bytes(shard)))
-    rest = list(found)
-    assert isinstance(rest[-1], Problem) and rest[-1].where == shard.name, rest[-1]
+    last = list(found)[-1]
+    assert isinstance(last, Problem)
+    assert last.where == shard.name
 
 
 def test_a_model_that_is_saved_again_says_of_no_manifest(copy, tmp_path) -> None:

@@ -20,12 +20,12 @@ WORD = (1 << 64) - 1
 def rotate(x: Tensor) -> Tensor:
     """R applied to each row of `x` `[..., columns]`, float32 or float64: additions in a fixed order, one rounding each,
     so that the result is the same on every machine."""
-    return _mixed(x * _signs(x.shape[-1]).to(x))
+    return _mixed(x * signs(x.shape[-1]).to(x))
 
 
 def undo(y: Tensor) -> Tensor:
     """The inverse, R^T, of each row."""
-    return _mixed(y) * _signs(y.shape[-1]).to(y)
+    return _mixed(y) * signs(y.shape[-1]).to(y)
 
 
 def both_sides(h: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def both_sides(h: Tensor) -> Tensor:
 
 
 def rotated_input(x: Tensor) -> Tensor:
-    """As `rotate` of `x` `[tokens, columns]`, by one matrix product, in float32: what a product is given."""
-    hadamard, signs = _matrix(x.shape[1], x.device)
-    return ((x.to(torch.float32) * signs).view(-1, hadamard.shape[0]) @ hadamard).view(x.shape)
+    """As `rotate` of `x` `[tokens, columns]`, by one matrix product, in float32: for many tokens."""
+    hadamard, turned = _matrix(x.shape[1], x.device)
+    return ((x.to(torch.float32) * turned).view(-1, hadamard.shape[0]) @ hadamard).view(x.shape)
 
 
 def block(columns: int) -> int:
@@ -56,7 +56,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _signs(columns: int) -> Tensor:
+def signs(columns: int) -> Tensor:
     """int8 `[columns]`, 1 and -1."""
     return torch.tensor([1 - 2 * (_splitmix(j) >> 63) for j in range(columns)], dtype=torch.int8)
 
@@ -71,4 +71,4 @@ def _splitmix(counter: int) -> int:
 @lru_cache(maxsize=64)
 def _matrix(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """H `[b, b]` and the signs, float32."""
-    return _mixed(torch.eye(block(columns))).to(device), _signs(columns).to(device, torch.float32)
+    return _mixed(torch.eye(block(columns))).to(device), signs(columns).to(device, torch.float32)

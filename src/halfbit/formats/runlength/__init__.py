@@ -31,7 +31,7 @@ from halfbit.formats.runlength.lanes import EXPONENTS, Lanes
 from halfbit.formats.runlength.tables import CLASSES, tables
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
-from halfbit.rotation import rotated_input, undo
+from halfbit.rotation import signs, undo
 from halfbit.types import Packed, Params, Solution
 
 DTYPES = {
@@ -106,7 +106,7 @@ class RunLength:
         return codes, params["scale_grid"].reshape(1, 2), torch.zeros(0, 2, dtype=torch.bfloat16)
 
     def decode(self, packed: Packed) -> Tensor:
-        stream, offsets, of_tile, exponents, levels, entries = self.runtime(packed)
+        stream, offsets, of_tile, exponents, levels, entries, _ = self.runtime(packed)
         rows, columns = packed.shape[0] // len(exponents), packed.shape[1]
         codes, tile = [], 0
         for exponent in exponents.tolist():
@@ -157,10 +157,12 @@ class RunLength:
         return Packed(self, (rows, packed.shape[1]), cut)
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """[stream, offsets int64 [tiles + 1], tile_classes, exponents, levels float32 [rows, 2], entries int32]."""
+        """[stream, offsets int64 [tiles + 1], tile_classes, exponents, levels float32 [rows, 2], entries int32, signs
+        int8 [columns] of the rotation or [0]]."""
         self._check_tensors(packed)
         t = packed.tensors
         entries = tables().entries.to(t["stream"].device)
+        turned = signs(packed.shape[1] if self.rotated else 0).to(t["stream"].device)
         return [
             t["stream"],
             _offsets(t["tile_bytes"]),
@@ -168,6 +170,7 @@ class RunLength:
             t["exponents"],
             self._levels(packed),
             entries,
+            turned,
         ]
 
     def _levels(self, packed: Packed) -> Tensor:
@@ -183,9 +186,6 @@ class RunLength:
         return torch.cat([-scale, scale], 1)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-        if self.rotated:
-            plain = replace(self, rotated=False)
-            return plain.product(rotated_input(x), starts, tensors, out_features).to(x.dtype)
         if eager(x):
             return kernels.multiply(x, starts, tensors, out_features)
         return torch.ops.halfbit.runlength_product(x, starts, tensors, out_features)

@@ -12,6 +12,7 @@ from halfbit import native
 from halfbit.errors import FormatError, Unsupported
 from halfbit.formats.runlength.lanes import LANES, Lanes
 from halfbit.formats.runlength.tables import limits, tables
+from halfbit.rotation import rotated_input
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 # tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time
@@ -42,6 +43,7 @@ def product(
     exponents: Tensor,
     levels: Tensor,
     entries: Tensor,
+    signs: Tensor,
     out_features: int,
 ) -> Tensor:
     """See `Codec.product`: straight from the stream where a matrix has few tokens, else some decoded rows at a time."""
@@ -50,7 +52,7 @@ def product(
             f"runlength/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
-    operands = [stream, offsets, of_tile, exponents, levels, entries]
+    operands = [stream, offsets, of_tile, exponents, levels, entries, signs]
     if x.shape[0] < TOKENS_TO_DECODE:
         # as below, without the time that looking at the groups takes
         return _few(x, starts, operands, out_features)
@@ -69,7 +71,8 @@ def product(
         lanes = Lanes(out_features, x.shape[1], exponent)
         if many[g]:
             those = slice(int(starts[g]), int(starts[g + 1]))
-            _many(x[those], tiles, first, lanes, levels[g * out_features : (g + 1) * out_features], y[those])
+            tokens = rotated_input(x[those]) if signs.numel() else x[those].detach().to(torch.float32)
+            _many(tokens, tiles, first, lanes, levels[g * out_features : (g + 1) * out_features], y[those])
         first += lanes.tiles
     return y
 
@@ -86,9 +89,8 @@ def _few(x: Tensor, starts: Tensor, operands: list[Tensor], out_features: int) -
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-def _many(x: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, y: Tensor) -> None:
-    """All tokens of one matrix, into `y`."""
-    tokens = x.detach().to(torch.float32)
+def _many(tokens: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, y: Tensor) -> None:
+    """All tokens of one matrix, float32, into `y`."""
     height = LANES * lanes.height
     bands = max(1, WEIGHTS_AT_ONCE // max(1, height * lanes.columns))
     slab = torch.empty(min(bands * height, lanes.rows), lanes.columns)

@@ -32,8 +32,7 @@ def _of(t: Tensor) -> ModuleType:
 
 def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `RunLength.runtime`."""
-    stream, offsets, of_tile, exponents, levels, entries = tensors
-    return _of(x).product(x, starts, stream, offsets, of_tile, exponents, levels, entries, out_features)
+    return _of(x).product(x, starts, *tensors, out_features)
 
 
 product = torch.library.custom_op(

@@ -10,6 +10,7 @@ from halfbit.errors import FormatError
 from halfbit.formats._grouped_product import grouped_product
 from halfbit.formats.runlength.lanes import LANES, Lanes
 from halfbit.formats.runlength.tables import SKIP, classes, tables
+from halfbit.rotation import rotate
 
 LOWEST = 256  # of a state between two symbols; where encoding begins and decoding ends
 
@@ -141,6 +142,7 @@ def product(
     exponents: Tensor,
     levels: Tensor,
     entries: Tensor,
+    signs: Tensor,
     out_features: int,
 ) -> Tensor:
     """See `Codec.product`; the tensors are those of `RunLength.runtime`."""
@@ -154,7 +156,8 @@ def product(
         codes = decode(stream, offsets[begins[g] : begins[g + 1] + 1], of_tile[tiles], entries, cuts[g])
         return values(codes, levels[g * out_features : (g + 1) * out_features])
 
-    return grouped_product(x, starts, out_features, matrix)
+    given = rotate(x.to(torch.float32)) if signs.numel() else x
+    return grouped_product(given, starts, out_features, matrix).to(x.dtype)
 
 
 def values(codes: Tensor, levels: Tensor) -> Tensor:

@@ -14,6 +14,8 @@
 //
 // No memory but the operands is touched whatever the bytes say: a tile that wants more bytes than it has, or does not end
 // with every lane in the state in which encoding began, raises. x must be finite.
+//
+// For matrices with rotated columns x is rotated first, as rotation.py says: signs, then Hadamard blocks.
 
 // GCC 12 takes the undefined sources of unmasked AVX-512 intrinsics in its own headers for mistakes.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -24,6 +26,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -487,9 +490,25 @@ void pack(Pass &pass, const float *x, const Cut &cut) {
     }
 }
 
+// `rotation.rotate` of one token, to the bit: the same additions in the same order.
+void rotate(const float *x, const int8_t *signs, int64_t columns, float *y) {
+    const int64_t size = std::min<int64_t>(columns & -columns, 256);
+    const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(size)));
+    for (int64_t c = 0; c < columns; ++c) y[c] = signs[c] < 0 ? -x[c] : x[c];
+    for (float *block = y; block < y + columns; block += size) {
+        for (int64_t half = 1; half < size; half *= 2)
+            for (int64_t pair = 0; pair < size; pair += 2 * half)
+                for (int64_t c = pair; c < pair + half; ++c) {
+                    const float a = block[c], b = block[c + half];
+                    block[c] = a + b, block[c + half] = a - b;
+                }
+        for (int64_t c = 0; c < size; ++c) block[c] *= scale;
+    }
+}
+
 void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<const uint8_t, 1> bytes,
              Array<const int64_t, 1> offsets, Array<const uint8_t, 1> classes, Array<const uint8_t, 1> exponents,
-             Array<const float, 2> levels, Entries entries, Array<float, 2> y, int threads) {
+             Array<const float, 2> levels, Entries entries, Array<const int8_t, 1> signs, Array<float, 2> y, int threads) {
     const Stream from = stream(bytes, offsets, classes, entries);
     const int64_t tokens = x.shape(0), columns = x.shape(1), out = y.shape(1);
     const int64_t groups = starts.shape(0) - 1;
@@ -498,7 +517,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         !std::is_sorted(start, start + groups + 1))
         throw std::invalid_argument("starts must rise from 0 to the number of tokens, one group for each matrix");
     if (y.shape(0) != tokens || levels.shape(0) != groups * out ||
-        levels.shape(1) != 2)
+        levels.shape(1) != 2 || (signs.shape(0) && signs.shape(0) != columns))
         throw std::invalid_argument("x, y and levels do not fit together");
     std::vector<int64_t> tiles{0};  // where those of each matrix begin
     for (int64_t g = 0; g < groups; ++g) {
@@ -532,8 +551,17 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
     }
     threads = worth(work, threads);
     if (!columns) return void(std::fill_n(y.data(), tokens * out, 0.0f));
+    const float *given = x.data();
+    Floats rotated;
+    if (signs.shape(0)) {
+        rotated = floats(tokens * columns);
+        given = rotated.get();
+        halfbit::parallel(threads, tokens, [&](int64_t t) {
+            rotate(x.data() + t * columns, signs.data(), columns, rotated.get() + t * columns);
+        });
+    }
     halfbit::parallel(threads, passes.size(), [&](int64_t i) {
-        pack(passes[i], x.data(), Cut(out, columns, exponents.data()[passes[i].matrix]));
+        pack(passes[i], given, Cut(out, columns, exponents.data()[passes[i].matrix]));
     });
 
     halfbit::parallel(threads, items.size(), [&](int64_t item) {
@@ -603,9 +631,10 @@ HALFBIT_BINDINGS(runlength) {
         const auto exponents = array<const uint8_t, 1>(t[3]);
         const auto levels = array<const float, 2>(t[4]);
         const auto entries = array<const int32_t, 2>(t[5]);
+        const auto signs = array<const int8_t, 1>(t[6]);
         const auto outputs = array<float, 2>(y);
         const nb::gil_scoped_release release;
-        product(inputs, begins, bytes, offsets, classes, exponents, levels, entries, outputs, threads);
+        product(inputs, begins, bytes, offsets, classes, exponents, levels, entries, signs, outputs, threads);
     }, "x"_a, "starts"_a, "tensors"_a, "y"_a, "threads"_a,
           "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]; tensors: what "
           "`RunLength.runtime` gives");
