@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test check format docs bench fuzz clean
+.PHONY: demo test check format docs bench fuzz torture clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
@@ -43,6 +43,16 @@ fuzz: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(RUN) tests/fuzz.py --mutations $(MUTATIONS) --seed $(SEED) \
 		--extension "$$(echo $(FUZZ)/_C.*.so)"
+
+# runs that are killed, and that find the disk failing or full, at every point
+KILLS ?= 100
+
+torture: $(VENV)/installed
+	$(RUN) tests/torture.py --kills $(KILLS)
+	$(RUN) tests/torture.py --kills $(KILLS) --tune
+	$(RUN) tests/torture.py --kills $(KILLS) --model switch
+	$(RUN) tests/torture.py --writes 0
+	$(RUN) tests/torture.py --full
 
 # without pip's build isolation: the lock file also pins what the extension is built with, CMake included
 $(VENV)/installed: requirements.lock $(SOURCES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfbit import disk
 from halfbit import writer as module
 from halfbit.errors import FormatError, OutputError
 from halfbit.manifest import MANIFEST, checksum, read_manifest
@@ -106,7 +107,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(step: str, tmp_path
             patch.setattr(os, "fsync", full)
         else:
             patch.setattr(Path, "replace", full)
-        with pytest.raises(OutputError, match="No space left on device; free some space and run the same command"):
+        with pytest.raises(OutputError, match="No space left on device; free some space, and run the same command"):
             writer.commit("block.0", "block.safetensors")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [MANIFEST]
     assert (tmp_path / "out" / MANIFEST).read_bytes() == before
@@ -118,8 +119,8 @@ def test_files_reach_the_disk_before_their_name(tmp_path, monkeypatch) -> None:
     writer = begin(tmp_path / "out")
     writer.put("a", torch.ones(4))
     log: list[str] = []
-    sync, replace = module._sync, Path.replace
-    monkeypatch.setattr(module, "_sync", lambda path: (log.append(f"sync {path.name}"), sync(path))[1])
+    sync, replace = disk.sync, Path.replace
+    monkeypatch.setattr(disk, "sync", lambda path: (log.append(f"sync {path.name}"), sync(path))[1])
     monkeypatch.setattr(Path, "replace", lambda a, b: (log.append(f"rename {b.name}"), replace(a, b))[1])
     writer.commit("block.0", "block.safetensors")
     steps = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from halfbit import formats
+from halfbit.disk import atomically
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Event
 from halfbit.experts import ExpertStack
@@ -73,15 +74,15 @@ def settle(
         curves = _read(file, identity)
         if curves is None:
             probe = Probe(open_family(family.reader), recipe, pairs, linears, samples, device, dtype)
-            yield from probe.run()
+            yield from probe.run(writer.journal)
             curves = probe.curves
             rows = {name: [c.weights, [list(astuple(x)) for x in c.choices]] for name, c in curves.items()}
             text = json.dumps({"measured_on": identity, "curves": rows})
-            writer.atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
+            atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
         by_rule = _by_rule(family, pairs, linears)
         spent = {rule: _spend(rule, {name: curves[name] for name in names}) for rule, names in by_rule.items()}
         told = json.dumps(_told(spent)) + "\n"
-        writer.atomically(writer.folder / ALLOCATION, lambda temporary: temporary.write_text(told, "utf-8"))
+        atomically(writer.folder / ALLOCATION, lambda temporary: temporary.write_text(told, "utf-8"))
         for rule, choices in spent.items():
             chosen |= {name: rule.at(c.option, c.bits, c.spread) for name, c in choices.items()}
     experts = {

@@ -65,7 +65,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print(
-                "halfbit: interrupted; the same command continues after the last finished block",
+                "halfbit: interrupted; the same command continues where it was",
                 markup=False,
                 soft_wrap=True,
             )
@@ -132,6 +132,9 @@ def compress(
         Path | None,
         typer.Option(help="Recipes with options: what each matrix costs at each size, read from here or written here."),
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete the run that OUT holds, whatever it is of, and begin anew.")
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -164,9 +167,13 @@ def compress(
     steps = {"steps": tune, "group_steps": tune_groups}
     chosen = chosen.tuned(**{k: v for k, v in steps.items() if v is not None})
     if max_loss is not None:
-        show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device)))
+        show_progress(
+            compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device), restart=restart)
+        )
     else:
-        show_progress(run_compress(model, folder, chosen, calibration, device=_device(device), curves=curves))
+        show_progress(
+            run_compress(model, folder, chosen, calibration, device=_device(device), curves=curves, restart=restart)
+        )
     _tell(folder, as_json)
 
 

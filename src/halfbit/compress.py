@@ -14,13 +14,14 @@ For each block (QMoE, arXiv 2310.16795, section 3.2, and the published code's or
 
 An embedding is rounded before the first block runs, the output head is solved after the last. Device memory holds one
 block without experts and one group of experts. A run that was interrupted starts again with the same arguments;
-committed blocks are read back instead of solved.
+committed blocks are read back instead of solved, and of the block that was open what the journal has (`journal.py`).
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow, Seen
+from halfbit.journal import FLOW
 from halfbit.layout import Entry, stored_name
 from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
 from halfbit.linears import find_linears
@@ -55,11 +57,19 @@ from halfbit.samples import (
     windows,
     with_noise,
 )
-from halfbit.storing import fingerprint_of, folder_config, packed_tensors, put_experts, put_outer
+from halfbit.storing import (
+    fingerprint_of,
+    folder_config,
+    keep_experts,
+    kept_experts,
+    packed_tensors,
+    put_experts,
+    put_outer,
+)
 from halfbit.tune import held_back, tune
-from halfbit.tune_group import Gain, Roles, summary, tune_group
-from halfbit.types import Packed, Solution
-from halfbit.writer import ALLOCATION, Writer
+from halfbit.tune_group import Gain, summary, tune_group
+from halfbit.types import Packed, Roles, Solution
+from halfbit.writer import ALLOCATION, Writer, delete_run
 
 # inside the folder, until the tuned model is there
 UNTUNED = ".untuned"
@@ -74,6 +84,7 @@ def compress(
     device: str = "cpu",
     revision: str | None = None,
     curves: str | Path | None = None,
+    restart: bool = False,
 ) -> Iterator[Event]:
     """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
@@ -83,10 +94,13 @@ def compress(
         calibration: text file, .jsonl file or data set name; not needed when every rule rounds to nearest.
         device: "cpu" or "cuda".
         curves: file of what was measured for rules with options, to be shared by several runs; None: of this run alone.
+        restart: a run that `folder` holds, whatever it is of, is deleted first.
 
     Yields:
         events, the last of them `Finished`.
     """
+    if restart:
+        delete_run(Path(folder))
     if recipe.tuning.steps == 0:
         yield from _compress(source, folder, recipe, calibration, device=device, revision=revision, curves=curves)
         return
@@ -147,7 +161,7 @@ def _compress(
         """Of what is measured, whatever bits are asked for, tuned or not."""
         anyhow = replace(recipe, name="", tuning=Tuning())
         anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
-        return _fingerprint(reader, anyhow, [], samples, device)
+        return _digest(_made_of(reader, anyhow, [], samples, device))
 
     for event in settle(family, recipe, pairs, linears, samples, writer, device, dtype, measured, identify):
         if isinstance(event, Settled):
@@ -173,6 +187,8 @@ def _compress(
             yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
     yield from map(Noticed, left_out(recipe, family, linears))
 
+    # of the last block that need not run again, for the activations behind it were kept
+    behind, found = _kept(writer, blocks) if samples else (-1, {})
     # of the compressed model, and of the original where it is followed
     encoded: Activations | None = None
     encoded_there: Activations | None = None
@@ -185,11 +201,22 @@ def _compress(
     for part in family.stacks():
         flow = Flow(part, samples, encoded, device) if samples else None
         original = Flow(part, samples, encoded_there, device) if samples and followed else None
+        # behind the last block of this part: what was kept then is what its end gave
+        passed = behind > blocks.index(part.blocks[-1])
+        for name, of_part in (("flow", flow), ("original", original)):
+            if of_part and behind >= blocks.index(part.blocks[0]):
+                of_part.restore(found[f"encoded {name}" if passed else name])
         for block in part.blocks:
             number = blocks.index(block)
+            if number <= behind:
+                yield BlockBegan(block, number, resumed=True)
+                yield BlockDone(block, number)
+                continue
             done = writer.has(block)
             # without a flow nobody looks at what is done
             stored = writer.read(block) if done and flow else None
+            if not done:
+                writer.journal.open(block)
             yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
             theirs = _follow(original, family, block, module, recipe, device) if original and module else {}
@@ -223,13 +250,24 @@ def _compress(
             if flow and module is not None:
                 if block != blocks[-1] or len(outside) > len(embeddings):
                     flow.advance(block, module)
+                    now = {
+                        "flow": flow,
+                        "original": original,
+                        "encoded flow": encoded,
+                        "encoded original": encoded_there,
+                    }
+                    writer.journal.keep_flow(
+                        FLOW, block, {name: _rows(of) for name, of in now.items() if of is not None}
+                    )
                 family.unload_block(block)
             yield BlockDone(block, number)
         if part is family.stacks()[-1]:
             heads = {path: pair for path, pair in outside.items() if path not in embeddings}
             yield from _outside("head", heads, flow, family, recipe, writer, device)
         if part is not family.stacks()[-1]:
-            encoded, encoded_there = (f.end() if f else None for f in (flow, original))
+            encoded, encoded_there = (
+                None if f is None else f.activations if passed else f.end() for f in (flow, original)
+            )
 
     plain = [n for n, claim in claims.tensors.items() if claim.block is None and n not in compressed]
     put_outer(reader, plain, writer)
@@ -239,6 +277,18 @@ def _compress(
     writer.finish(folder_config(reader, writer, tied), auxiliary, recipe.to_toml())
     (writer.folder / CURVES).unlink(missing_ok=True)
     yield Finished(writer.folder)
+
+
+def _kept(writer: Writer, blocks: list[str]) -> tuple[int, dict[str, Tensor]]:
+    """Number of the last block whose activations an interrupted run kept, and they; -1 where there are none."""
+    found = writer.journal.flow(FLOW)
+    if found is None or found[0] not in blocks or not writer.has(found[0]):
+        return -1, {}
+    return blocks.index(found[0]), found[1]
+
+
+def _rows(of: Flow | Activations) -> Tensor:
+    return of.activations.buffer if isinstance(of, Flow) else of.buffer
 
 
 def _outside(
@@ -294,28 +344,38 @@ def _solve(
             f"{stack.path}: is called with {routed.called} rows where the original is called with {len(theirs)}, so "
             "rows cannot be compared; set [solving] asymmetric = false"
         )
-    packed: tuple[list[Packed], list[Packed]] = ([], [])
+    packed: Roles = ([], [])
     tokens: list[int] = []
     gains: list[Gain] = []
     for experts in batches(stack, recipe.solving.experts_per_batch):
         group = Group.read(family, stack, experts, device)
         of_group = rules[0][experts.start : experts.stop], rules[1][experts.start : experts.stop]
-        solved = solve(group, of_group, recipe, routed, theirs)
-        yield from map(Noticed, solved.notices)
-        tokens += solved.tokens
-        group_packed = _encoded(of_group, solved)
-        if recipe.tuning.group_steps and routed is not None and solved.training is not None:
-            group_packed, gain = tune_group(group, solved, group_packed, routed, theirs, recipe.tuning)
-            gains += [] if gain is None else [gain]
-        for role, solutions in enumerate((solved.up, solved.down)):
+        key = f"{stack.path}.{experts.start}"
+        found = kept_experts(writer.journal, key)
+        if found is None:
+            solved = solve(group, of_group, recipe, routed, theirs)
+            group_packed, gain = _encoded(of_group, solved), None
+            if recipe.tuning.group_steps and routed is not None and solved.training is not None:
+                group_packed, gain = tune_group(group, solved, group_packed, routed, theirs, recipe.tuning)
+            facts = {
+                "notices": solved.notices,
+                "tokens": solved.tokens,
+                "losses": [[s.loss for s in solutions] for solutions in (solved.up, solved.down)],
+                "gain": None if gain is None else asdict(gain),
+            }
+            keep_experts(writer.journal, key, group_packed, facts)
+        else:
+            group_packed, facts = found
+        yield from map(Noticed, facts["notices"])
+        tokens += facts["tokens"]
+        gains += [] if facts["gain"] is None else [Gain(**facts["gain"])]
+        for role, losses in enumerate(facts["losses"]):
             packed[role].extend(group_packed[role])
-            for name, encoded, solution, n in zip(
-                group.names, group_packed[role], solutions, solved.tokens, strict=True
-            ):
+            for name, encoded, loss, n in zip(group.names, group_packed[role], losses, facts["tokens"], strict=True):
                 matrix = f"{name}.{stored_names(stack)[role]}"
-                fact = {"loss": solution.loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
+                fact = {"loss": loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
                 writer.record("matrices", matrix, fact)
-                yield Solved(matrix, solution.loss, encoded.bits_per_weight, n)
+                yield Solved(matrix, loss, encoded.bits_per_weight, n)
         if routed is not None:
             group.decoded(*(p[experts.start :] for p in packed)).run(routed)
     put_experts(stack, packed, writer)
@@ -377,8 +437,9 @@ def _writer(
         "recipe": recipe.name,
         "calibration": fingerprint(documents) if documents else None,
         "threads": torch.get_num_threads(),
+        "made_of": (parts := _made_of(reader, recipe, documents, samples, device)),
     }
-    return Writer(folder, _fingerprint(reader, recipe, documents, samples, device), about)
+    return Writer(folder, _digest(parts), about)
 
 
 def with_length(recipe: Recipe, family: Family) -> Recipe:
@@ -417,11 +478,22 @@ def _compute_dtype(reader: Reader, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else getattr(torch, named)
 
 
-def _fingerprint(reader: Reader, recipe: Recipe, documents: list[str], samples: list[Sample], device: str) -> str:
-    """What must be the same when a run continues: model, recipe, text and its tokens, device, version."""
-    digest = hashlib.sha256(fingerprint_of(reader, reader.names()).encode())
+def _made_of(
+    reader: Reader, recipe: Recipe, documents: list[str], samples: list[Sample], device: str
+) -> dict[str, str]:
+    """What must be the same when a run continues."""
+    tokens = hashlib.sha256(fingerprint(documents).encode())
     for sample in samples:
         for ids in (sample.ids, sample.labels):
-            digest.update(b"" if ids is None else ids.numpy().tobytes())
-    digest.update(f"{recipe.to_toml()}{fingerprint(documents)}{device}{version('halfbit')}".encode())
-    return digest.hexdigest()
+            tokens.update(b"" if ids is None else ids.numpy().tobytes())
+    return {
+        "model": fingerprint_of(reader, reader.names()),
+        "recipe": hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
+        "calibration text": tokens.hexdigest(),
+        "device": device,
+        "version of halfbit": version("halfbit"),
+    }
+
+
+def _digest(parts: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -138,6 +138,10 @@ class Flow:
             self._activations.view(batch).copy_(hidden)
             self._contexts.append(context)
 
+    def restore(self, rows: Tensor) -> None:
+        """Go on from activations that an earlier run kept, of the same samples."""
+        self.activations.buffer.copy_(rows)
+
     def copy(self) -> "Flow":
         """The same samples at the same block, to go another way from here."""
         other, now = copy(self), self.activations

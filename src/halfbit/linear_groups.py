@@ -20,7 +20,7 @@ from halfbit.layout import Entry
 from halfbit.linears import WEIGHT, Linear, find_linears
 from halfbit.recipe import Recipe, Rule
 from halfbit.solving import solve
-from halfbit.storing import put_linear
+from halfbit.storing import keep_linear, kept_linear, put_linear
 from halfbit.writer import Writer
 
 Chosen = dict[str, tuple[Linear, Rule]]
@@ -114,25 +114,30 @@ def solve_group(
     by_hessian = False
     for path in seen.paths:
         linear, rule = rules[path]
-        notices: list[str] = []
-        w = family.weight(linear.name).to(device, torch.float32)
-        h = None if seen.hessian is None else seen.hessian.sum.to(device)
         # the order that follows from the Hessian alone is the same again
         free = rule.order == "act_order" and by_hessian
         by_hessian |= rule.order == "act_order"
-        (solution,) = solve(w[None], h, [rule], recipe.solving, [path], notices, order_is_stored=not free)
-        yield from map(Noticed, notices)
-        assert rule.codec is not None
-        packed = rule.codec.encode(solution)
+        found = kept_linear(writer.journal, path)
+        if found is None:
+            notices: list[str] = []
+            w = family.weight(linear.name).to(device, torch.float32)
+            h = None if seen.hessian is None else seen.hessian.sum.to(device)
+            (solution,) = solve(w[None], h, [rule], recipe.solving, [path], notices, order_is_stored=not free)
+            assert rule.codec is not None
+            packed, facts = rule.codec.encode(solution), {"loss": solution.loss, "notices": notices}
+            keep_linear(writer.journal, path, packed, facts)
+        else:
+            packed, facts = found
+        yield from map(Noticed, facts["notices"])
         nbytes = put_linear(path, packed, orders, writer)
         fact = {
-            "loss": solution.loss,
-            "bits_per_weight": 8 * nbytes / w.numel(),
+            "loss": facts["loss"],
+            "bits_per_weight": 8 * nbytes / (packed.shape[0] * packed.shape[1]),
             "tokens": 0 if seen.hessian is None else int(seen.hessian.tokens[0]),
         }
         writer.record("matrices", linear.name, fact)
         yield Solved(linear.name, fact["loss"], fact["bits_per_weight"], fact["tokens"])
-        family.replace(linear.name, rule.codec.decode(packed))
+        family.replace(linear.name, packed.codec.decode(packed))
 
 
 def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Mapping[str, Tensor]) -> None:

@@ -13,8 +13,9 @@ Memory follows one block, one group of experts, the samples' activations, and th
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from halfbit.family import Family
 from halfbit.flow import Flow
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import Deadzone
+from halfbit.journal import PROBE, Journal
 from halfbit.linear_groups import Chosen
 from halfbit.nn import stored_names
 from halfbit.recipe import Recipe, Rule
@@ -101,23 +103,58 @@ class Probe:
     def _trials(self) -> int:
         return len(self._linears) + sum(bool(rule.options) for pair in self._rules.values() for rule in pair)
 
-    def run(self) -> Iterator[Event]:
-        """Yields a `Probed` for every group of matrices."""
+    def run(self, journal: Journal) -> Iterator[Event]:
+        """Yields a `Probed` for every group of matrices. Goes on behind the last block that the journal has."""
         family = self._family
         family.load_outer(self._device, self._dtype)
+        blocks = [block for part in family.stacks() for block in part.blocks]
+        behind, kept = self._resume(journal, blocks)
         encoded: Activations | None = None
         heard: dict[str, Activations] = {}
         for part in family.stacks():
+            passed = behind > blocks.index(part.blocks[-1])
             base = Flow(part, self._samples, encoded, self._device)
             # "" is the original
-            trials = {name: Flow(part, self._few, heard.get(name), self._device) for name in ("", *self._roles)}
+            names = ["", *self._roles]
+            if behind >= blocks.index(part.blocks[0]):
+                where = "heard" if passed else "flow"
+                base.restore(kept[f"{where} of all"])
+                names = [name for name in names if f"{where} {name}" in kept]
+            trials = {n: Flow(part, self._few, heard.get(n, heard.get("")), self._device) for n in names}
+            if behind >= blocks.index(part.blocks[0]):
+                for name, flow in trials.items():
+                    flow.restore(kept[f"{where} {name}"])
             for block in part.blocks:
+                if blocks.index(block) <= behind:
+                    continue
                 yield from self._block(block, base, trials)
+                now = {"flow of all": base.activations} | {f"flow {n}": f.activations for n, f in trials.items()}
+                now |= {f"heard {name}": states for name, states in heard.items()}
+                now |= {} if encoded is None else {"heard of all": encoded}
+                journal.keep_flow(PROBE, block, {n: a.buffer for n, a in now.items()}, self._facts())
             if part is family.stacks()[-1]:
                 self._finish(trials)
             else:
-                encoded = base.end()
-                heard = {name: flow.end() for name, flow in trials.items()}
+                encoded = base.activations if passed else base.end()
+                heard = {name: flow.activations if passed else flow.end() for name, flow in trials.items()}
+
+    def _facts(self) -> dict[str, Any]:
+        """The roles, for JSON."""
+        return {
+            name: [role.weights, role.error, {m: [astuple(c) for c in choices] for m, choices in role.curves.items()}]
+            for name, role in self._roles.items()
+        }
+
+    def _resume(self, journal: Journal, blocks: list[str]) -> tuple[int, dict[str, Tensor]]:
+        """Number of the last block that need not run again, and the activations behind it; -1 where there are none."""
+        found = journal.flow(PROBE)
+        if found is None:
+            return -1, {}
+        block, tensors, facts = found
+        for name, (weights, error, curves) in facts.items():
+            choices = {matrix: [Choice(*row) for row in rows] for matrix, rows in curves.items()}
+            self._roles[name] = Role(weights, choices, error)
+        return blocks.index(block), tensors
 
     def _block(self, block: str, base: Flow, trials: dict[str, Flow]) -> Iterator[Event]:
         family = self._family

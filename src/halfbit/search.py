@@ -20,6 +20,7 @@ from halfbit.recipe import Recipe
 from halfbit.samples import Sample
 from halfbit.sizes import Account
 from halfbit.tune import held_back
+from halfbit.writer import delete_run
 
 TRIALS = ".trials"
 # ratio of two rates that are not worth telling apart
@@ -27,7 +28,14 @@ FINE = 1.04
 
 
 def compress_to_loss(
-    source: str, folder: str | Path, recipe: Recipe, calibration: str | None, most: float, *, device: str = "cpu"
+    source: str,
+    folder: str | Path,
+    recipe: Recipe,
+    calibration: str | None,
+    most: float,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
 ) -> Iterator[Event]:
     """Compress with the fewest bits at which the loss rises by no more than the share `most` (0.02: 2 %).
 
@@ -35,6 +43,9 @@ def compress_to_loss(
         RecipeError: not even the highest rate keeps the loss, or the recipe has no rule that takes bits.
     """
     folder = Path(folder)
+    if restart:
+        delete_run(folder)
+        shutil.rmtree(folder / TRIALS, ignore_errors=True)
     if (folder / "config.json").is_file():
         yield Finished(folder)
         return

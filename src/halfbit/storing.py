@@ -11,12 +11,13 @@ from torch import Tensor
 from halfbit import formats
 from halfbit.claims import Claims
 from halfbit.experts import ExpertStack
+from halfbit.journal import Journal
 from halfbit.layout import Entry, stored_name
 from halfbit.linears import WEIGHT, Linear
 from halfbit.manifest import checksum
 from halfbit.nn import stored_names
 from halfbit.reader import Reader
-from halfbit.types import Packed
+from halfbit.types import Packed, Roles
 from halfbit.writer import FORMAT_VERSION, Writer
 
 # of the files that hold what lies outside the blocks
@@ -56,6 +57,21 @@ def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Wri
     return nbytes
 
 
+def keep_linear(journal: Journal, path: str, packed: Packed, facts: dict[str, Any]) -> None:
+    """A linear layer that is decided, until its block is written."""
+    journal.add(path, packed.tensors, facts | {"entry": Entry.of(packed, 1).to_config()})
+
+
+def kept_linear(journal: Journal, path: str) -> tuple[Packed, dict[str, Any]] | None:
+    """What `keep_linear` was given for `path` before the run was interrupted."""
+    found = journal.get(path)
+    if found is None:
+        return None
+    tensors, facts = found
+    entry = Entry.parse(facts["entry"], path)
+    return entry.packed({part: tensors[part] for part in entry.tensors}), facts
+
+
 def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
     """The matrices of all experts of a module, of any codecs, one above another, and their entry in the config."""
     entry = {}
@@ -65,6 +81,30 @@ def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], w
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = Entry.of(whole, stack.num_experts).to_config()
     writer.record("packed", stack.path, entry)
+
+
+def keep_experts(journal: Journal, key: str, roles: Roles, facts: dict[str, Any]) -> None:
+    """A group of experts that is decided, until its module is written."""
+    tensors, entries = {}, []
+    for number, matrices in enumerate(roles):
+        whole = formats.stack(matrices)
+        tensors |= {f"{number}/{part}": tensor for part, tensor in whole.tensors.items()}
+        entries.append(Entry.of(whole, len(matrices)).to_config())
+    journal.add(key, tensors, facts | {"entries": entries})
+
+
+def kept_experts(journal: Journal, key: str) -> tuple[Roles, dict[str, Any]] | None:
+    """What `keep_experts` was given under `key` before the run was interrupted."""
+    found = journal.get(key)
+    if found is None:
+        return None
+    tensors, facts = found
+    roles = []
+    for number, config in enumerate(facts["entries"]):
+        entry = Entry.parse(config, key)
+        whole = entry.packed({part: tensors[f"{number}/{part}"] for part in entry.tensors})
+        roles.append([whole.codec.part(whole, e, entry.shape[0]) for e in range(entry.shape[0])])
+    return (roles[0], roles[1]), facts
 
 
 def put_outer(reader: Reader, names: list[str], writer: Writer) -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from halfbit.disk import atomically
 from halfbit.errors import RecipeError
 from halfbit.evaluate import load
 from halfbit.events import Event, Noticed, Tuned
@@ -125,7 +126,7 @@ def _teacher(reader: Reader, writer: Writer, samples: list[Sample], device: str)
     path = writer.folder / TEACHER
     if not path.is_file():
         tokens, logs = ask(open_family(reader), samples, device, _dtype(device))
-        writer.atomically(path, lambda temporary: save_file({"tokens": tokens, "logs": logs}, temporary))
+        atomically(path, lambda temporary: save_file({"tokens": tokens, "logs": logs}, temporary))
     return Teacher(path, samples)
 
 
@@ -296,9 +297,7 @@ def _save(writer: Writer, names: list[str], student: Student, adam: torch.optim.
     for name, matrix in student.with_codes.items():
         tensors[f"{name}#factor"] = matrix.factor
     whole = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    writer.atomically(
-        writer.folder / STATE, lambda temporary: save_file(whole, temporary, metadata={"step": str(step)})
-    )
+    atomically(writer.folder / STATE, lambda temporary: save_file(whole, temporary, metadata={"step": str(step)}))
 
 
 def _resume(path: Path, names: list[str], student: Student, adam: torch.optim.Adam) -> int:

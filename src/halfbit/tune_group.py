@@ -23,7 +23,7 @@ from halfbit.expert_groups import EXPERT_TOKENS, Group, SolvedGroup, Training
 from halfbit.learner import Learner
 from halfbit.recipe import Tuning
 from halfbit.tunable import DENSITY_EVERY, TunableStack
-from halfbit.types import Packed
+from halfbit.types import Packed, Roles
 
 # tokens of each expert in a step
 BATCH = 256
@@ -31,8 +31,6 @@ BATCH = 256
 LEAST = 64
 # the aim from which on steps are as large as the recipe says; below they shrink with the root
 FAR = 0.15
-
-Roles = tuple[list[Packed], list[Packed]]
 
 
 @dataclass(frozen=True)

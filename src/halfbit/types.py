@@ -190,3 +190,7 @@ class Codec(Protocol):
         Raises Unsupported where a format cannot find a row without decoding those before it.
         """
         ...
+
+
+# matrices of the input and of the output projections, one of each per expert
+Roles = tuple[list[Packed], list[Packed]]

@@ -1,8 +1,9 @@
 """The run folder that becomes the model folder. Accumulates: tensors of the block in progress, then the manifest.
 
 A block's tensors go to one safetensors file: written under a temporary name, fsynced, renamed, the folder fsynced. Only
-then does the manifest name the block, so a run that dies continues after the last block it names. `config.json` and the
-index come last of all: a folder that is not finished cannot be mistaken for a model.
+then does the manifest name the block, so a run that dies continues after the last block it names, and in the next one
+with what `journal.py` has kept of it. `config.json` and the index come last of all: a folder that is not finished
+cannot be mistaken for a model.
 
     config.json  generation_config.json  tokenizer files      as in any model folder
     model.safetensors.index.json                              tensor -> file
@@ -12,13 +13,9 @@ index come last of all: a folder that is not finished cannot be mistaken for a m
     manifest.json                                             checksums, losses, coverage, bytes
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halfbit.disk import atomically, file_errors, make_folder, sync
 from halfbit.errors import FormatError, OutputError
+from halfbit.journal import Journal
 from halfbit.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -47,7 +46,7 @@ class Writer:
     Args:
         folder: the run folder; created, or continued when `fingerprint` equals the one that began it.
         fingerprint: what must not change between the parts of a run (model, recipe, text, version).
-        about: facts for the manifest (source, recipe name, versions).
+        about: facts for the manifest (source, recipe name, versions); `made_of`: the parts of the fingerprint.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, about: dict[str, Any]):
@@ -61,15 +60,14 @@ class Writer:
             if self.manifest["fingerprint"] != fingerprint:
                 raise OutputError(
                     f"{self.folder}: holds another run (recipe {self.manifest['about'].get('recipe')!r}, source "
-                    f"{self.manifest['about'].get('source')!r}); the model, recipe, text or version differ. "
-                    "Give another folder, or delete this one"
+                    f"{self.manifest['about'].get('source')!r}); {_differing(self.manifest['about'], about)}. "
+                    "Give another folder, or --restart to delete this run"
                 )
         else:
             # hidden files may be ours: what a kill at the first write leaves, or a model that waits to be tuned
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise OutputError(f"{self.folder}: is not empty and holds no halfbit run; give a new or empty folder")
-            with _disk(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self.manifest = {
                 "format": MANIFEST_FORMAT,
                 "complete": False,
@@ -84,6 +82,9 @@ class Writer:
                 "files": {},
             }
             self._write_manifest()
+        self.journal = Journal(self.folder)
+        if self.complete:
+            self.journal.close()
 
     @property
     def complete(self) -> bool:
@@ -108,7 +109,7 @@ class Writer:
         """Write the block's tensors to `file` and name the block in the manifest."""
         if self._tensors:
             target = self.folder / file
-            self.atomically(target, lambda temporary: save_file(self._tensors, temporary, metadata={"format": "pt"}))
+            atomically(target, lambda temporary: save_file(self._tensors, temporary, metadata={"format": "pt"}))
             for name, tensor in self._tensors.items():
                 self.manifest["tensors"][name] = tensor_entry(file, tensor)
             self.manifest.setdefault("headers", {})[file] = header_checksum(target)
@@ -135,7 +136,7 @@ class Writer:
         """Copy the tokenizer and other files, then write index and config: from here on it is a model."""
         names = [path.name for path in auxiliary]
         for path in auxiliary:
-            self.atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            atomically(self.folder / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
         if recipe is not None:
             self._text("recipe.toml", recipe)
             names.append("recipe.toml")
@@ -150,42 +151,34 @@ class Writer:
         self.manifest["complete"] = True
         self._write_manifest()
         self._text("config.json", settings)
+        self.journal.close()
 
     def _write_manifest(self) -> None:
         self._text(MANIFEST, text_of(self.manifest))
 
     def _text(self, name: str, text: str) -> None:
-        self.atomically(self.folder / name, lambda temporary: temporary.write_text(text, "utf-8"))
-
-    def atomically(self, target: Path, write: Callable[[Path], Any]) -> None:
-        """Let `write` make a file that is there whole, on the disk, or not at all. Raises OutputError."""
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with _disk(target):
-                write(temporary)
-                _sync(temporary)
-                temporary.replace(target)
-                _sync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        atomically(self.folder / name, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What two runs were not both made of."""
+    old, new = there.get("made_of"), here.get("made_of")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return "the model, recipe, text or version differ"
+    names = [name for name in new if old.get(name) != new[name]]
+    return f"{' and '.join(names)} {'differ' if len(names) > 1 else 'differs'}"
 
 
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turn what the file system says into an error that tells the next step."""
-    try:
-        yield
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free some space and run the same command again; it continues" if full else "check the path and rights"
-        raise OutputError(f"{path}: {e.strerror or e}; {advice}") from e
-    except SafetensorError as e:  # safetensors reports the operating system's error as text
-        raise OutputError(f"{path}: could not be written: {e}; free some space and run the same command again") from e
+def delete_run(folder: Path) -> None:
+    """The run in a folder, whatever it is of; files that runs do not write stay. No run: nothing is done."""
+    if not (folder / MANIFEST).is_file():
+        return
+    ours = [INDEX, ALLOCATION, "config.json", "recipe.toml", *read_manifest(folder)["files"]]
+    with file_errors(folder):
+        for path in [*(folder / name for name in ours), *folder.glob("model-*.safetensors")]:
+            path.unlink(missing_ok=True)
+        for path in folder.glob(".*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # last: without it the folder holds no run
+        (folder / MANIFEST).unlink()
+        sync(folder)
