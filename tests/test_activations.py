@@ -1,9 +1,18 @@
 """The list buffer, and what experts were given."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torture
+from compressed import text
 
-from halfbit.activations import Activations, Routed
+from halfbit.activations import Activations, Routed, room
+from halfbit.compress import compress
+from halfbit.errors import OutputError
+from halfbit.recipe import Recipe
 
 
 def test_the_list_buffer_gives_views_of_one_tensor() -> None:
@@ -58,3 +67,35 @@ def test_rows_that_no_expert_takes_are_kept_where_every_row_is_asked_for() -> No
     assert [routed.tokens_of(e)[0].tolist() for e in range(2)] == [[0], [2]]
     routed.outputs += 1
     assert routed.answer(0).tolist() == [[1, 1], [1, 1], [1, 1]]
+
+
+def test_rows_may_lie_in_a_file_without_a_name(tmp_path, monkeypatch) -> None:
+    rows = room(1000, 300, torch.bfloat16, tmp_path / "new")
+    rows.fill_(2)
+    assert rows.shape == (1000, 300)
+    assert rows.float().sum() == 600_000
+    assert not list((tmp_path / "new").iterdir())
+    mapped = Path("/proc/self/maps")
+    if mapped.is_file():
+        assert str(tmp_path / "new") in mapped.read_text()
+        del rows
+        assert str(tmp_path / "new") not in mapped.read_text()
+    assert room(0, 300, torch.float32, tmp_path).shape == (0, 300)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="No space left on device; free some space"):
+        room(1000, 300, torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
+def test_activations_in_files_change_nothing(name: str, saved, tmp_path) -> None:
+    """Of the original too, which is followed."""
+    source, how = saved(name), Recipe.from_toml(torture.RECIPE)
+    for out, offload in (("memory", None), ("files", tmp_path / "offload")):
+        list(compress(str(source), tmp_path / out, how, text(source), offload=offload))
+    for path in (tmp_path / "memory").iterdir():
+        assert path.read_bytes() == (tmp_path / "files" / path.name).read_bytes(), path.name
+    assert not list((tmp_path / "offload").iterdir())

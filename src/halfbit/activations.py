@@ -2,12 +2,36 @@
 
 One contiguous tensor with a view per sample (QMoE, arXiv 2310.16795, section 3.2): blocks run sample by sample, experts
 gather their tokens from all samples in one vectorised read; device memory follows one block and one group of experts.
+Where the tensor would not fit into memory it is a file that is mapped, of which the system keeps what is in use.
 """
 
+import mmap
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from halfbit.disk import file_errors, make_folder
+
+
+def room(rows: int, width: int, dtype: torch.dtype, offload: Path | None) -> Tensor:
+    """`[rows, width]` on the CPU, zeros or anything: in memory, or in a file in the folder `offload`.
+
+    The file has no name: the disk is free again when the tensor is, also after a kill. Raises OutputError where there
+    is too little room for it.
+    """
+    nbytes = rows * width * dtype.itemsize
+    if offload is None or nbytes == 0:
+        return torch.empty(rows, width, dtype=dtype)
+    make_folder(offload)
+    with file_errors(offload), tempfile.TemporaryFile(dir=offload) as file:
+        # now, and not as a bus error when a page is written
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        mapped = mmap.mmap(file.fileno(), nbytes)
+    return torch.frombuffer(mapped, dtype=dtype).view(rows, width)
 
 
 @dataclass(eq=False)
@@ -61,6 +85,7 @@ class Routed:
         num_experts: an index outside [0, num_experts) takes no expert.
         capacity: rows expected; more are taken too, at the price of a copy.
         every: keep rows that no expert takes, too.
+        offload: folder for files in place of memory, see `room`.
 
     Attributes (after `close`):
         hidden: `[rows, width]` CPU; the rows that at least one expert takes.
@@ -77,8 +102,8 @@ class Routed:
     keep: Tensor
     places: Tensor
 
-    def __init__(self, num_experts: int, capacity: int, *, every: bool = False):
-        self.num_experts, self._every = num_experts, every
+    def __init__(self, num_experts: int, capacity: int, *, every: bool = False, offload: Path | None = None):
+        self.num_experts, self._every, self._offload = num_experts, every, offload
         self._capacity, self._filled = capacity, 0
         self._buffer: Tensor | None = None
         self._routing: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -92,9 +117,9 @@ class Routed:
         rows = (taken | self._every).nonzero().squeeze(1)
         start, self._filled = self._filled, self._filled + len(rows)
         if self._buffer is None:
-            self._buffer = torch.empty(self._capacity, hidden.shape[1], dtype=hidden.dtype)
+            self._buffer = room(self._capacity, hidden.shape[1], hidden.dtype, self._offload)
         if self._filled > len(self._buffer):
-            more = self._buffer.new_empty(max(self._filled, 2 * len(self._buffer)), hidden.shape[1])
+            more = room(max(self._filled, 2 * len(self._buffer)), hidden.shape[1], hidden.dtype, self._offload)
             more[:start] = self._buffer[:start]
             self._buffer = more
         self._buffer[start : self._filled] = hidden[rows]
@@ -106,7 +131,7 @@ class Routed:
         assert self._buffer is not None
         self.hidden = self._buffer[: self._filled]
         self.index, self.weights, self.keep = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
-        self.outputs = torch.zeros_like(self.hidden)
+        self.outputs = room(len(self.hidden), self.hidden.shape[1], self.hidden.dtype, self._offload).zero_()
         totals = torch.tensor([0] + [total for _, _, total in self._calls]).cumsum(0)
         self.called = int(totals[-1])
         self.places = torch.cat([rows + before for (_, rows, _), before in zip(self._calls, totals, strict=False)])

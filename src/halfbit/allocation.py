@@ -52,6 +52,7 @@ def settle(
     writer: Writer,
     device: str,
     dtype: torch.dtype,
+    offload: Path | None,
     file: Path,
     identify: Callable[[], str],
 ) -> Iterator[Event | Settled]:
@@ -59,6 +60,7 @@ def settle(
 
     Args:
         family: for its structure; the pass through the original has one of its own, whose parts it leaves loaded.
+        offload: see `activations.room`.
         file: of the curves; read where it is there, else measured and written.
         identify: tells what they are measured on (model, text, options); asked only where there are options.
 
@@ -73,7 +75,7 @@ def settle(
         identity = identify()
         curves = _read(file, identity)
         if curves is None:
-            probe = Probe(open_family(family.reader), recipe, pairs, linears, samples, device, dtype)
+            probe = Probe(open_family(family.reader), recipe, pairs, linears, samples, device, dtype, offload)
             yield from probe.run(writer.journal)
             curves = probe.curves
             rows = {name: [c.weights, [list(astuple(x)) for x in c.choices]] for name, c in curves.items()}

@@ -135,6 +135,12 @@ def compress(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete the run that OUT holds, whatever it is of, and begin anew.")
     ] = False,
+    offload: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep the samples' activations in files there. [in memory]", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -166,14 +172,11 @@ def compress(
         chosen = chosen.budgeted("tau", tau)
     steps = {"steps": tune, "group_steps": tune_groups}
     chosen = chosen.tuned(**{k: v for k, v in steps.items() if v is not None})
+    how: Any = {"device": _device(device), "restart": restart, "offload": offload}
     if max_loss is not None:
-        show_progress(
-            compress_to_loss(model, folder, chosen, calibration, max_loss, device=_device(device), restart=restart)
-        )
+        show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, **how))
     else:
-        show_progress(
-            run_compress(model, folder, chosen, calibration, device=_device(device), curves=curves, restart=restart)
-        )
+        show_progress(run_compress(model, folder, chosen, calibration, **how, curves=curves))
     _tell(folder, as_json)
 
 

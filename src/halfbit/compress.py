@@ -85,6 +85,7 @@ def compress(
     revision: str | None = None,
     curves: str | Path | None = None,
     restart: bool = False,
+    offload: str | Path | None = None,
 ) -> Iterator[Event]:
     """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
@@ -95,14 +96,17 @@ def compress(
         device: "cpu" or "cuda".
         curves: file of what was measured for rules with options, to be shared by several runs; None: of this run alone.
         restart: a run that `folder` holds, whatever it is of, is deleted first.
+        offload: folder for the samples' activations, in files without a name, where they would not fit into memory.
 
     Yields:
         events, the last of them `Finished`.
     """
     if restart:
         delete_run(Path(folder))
+    how: Any = {"device": device, "revision": revision, "curves": curves}
+    how["offload"] = None if offload is None else Path(offload)
     if recipe.tuning.steps == 0:
-        yield from _compress(source, folder, recipe, calibration, device=device, revision=revision, curves=curves)
+        yield from _compress(source, folder, recipe, calibration, **how)
         return
     reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
     family = open_family(reader)
@@ -112,7 +116,7 @@ def compress(
     held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
     writer = _writer(folder, reader, recipe, documents, samples, device)
     if not writer.complete:
-        steps = _compress(source, untuned, recipe, calibration, device=device, revision=revision, curves=curves)
+        steps = _compress(source, untuned, recipe, calibration, **how)
         yield from (event for event in steps if not isinstance(event, Finished))
         yield from tune(reader, untuned, writer, samples, recipe.tuning, device=device)
     shutil.rmtree(untuned, ignore_errors=True)
@@ -128,6 +132,7 @@ def _compress(
     device: str,
     revision: str | None,
     curves: str | Path | None,
+    offload: Path | None,
 ) -> Iterator[Event]:
     """As `compress`, without tuning."""
     reader = Reader(source, revision)
@@ -163,7 +168,7 @@ def _compress(
         anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
         return _digest(_made_of(reader, anyhow, [], samples, device))
 
-    for event in settle(family, recipe, pairs, linears, samples, writer, device, dtype, measured, identify):
+    for event in settle(family, recipe, pairs, linears, samples, writer, device, dtype, offload, measured, identify):
         if isinstance(event, Settled):
             rules, linears = event.experts, event.linears
         else:
@@ -199,8 +204,8 @@ def _compress(
     embeddings = {path: pair for path, pair in outside.items() if pair[0].kind == "embedding"}
     yield from _outside("embedding", embeddings, None, family, recipe, writer, device)
     for part in family.stacks():
-        flow = Flow(part, samples, encoded, device) if samples else None
-        original = Flow(part, samples, encoded_there, device) if samples and followed else None
+        flow = Flow(part, samples, encoded, device, offload) if samples else None
+        original = Flow(part, samples, encoded_there, device, offload) if samples and followed else None
         # behind the last block of this part: what was kept then is what its end gave
         passed = behind > blocks.index(part.blocks[-1])
         for name, of_part in (("flow", flow), ("original", original)):

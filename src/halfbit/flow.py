@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfbit.activations import Activations, Routed
+from halfbit.activations import Activations, Routed, room
 from halfbit.blocks import Context, Stack
 from halfbit.errors import NonFinite, Unsupported
 from halfbit.experts import ExpertStack
@@ -112,10 +113,18 @@ class Flow:
         samples: the calibration samples; a decoder that listens to an encoder reads their `decoder_ids`.
         encoded: the encoder's final states, for such a decoder.
         device: where blocks run; the buffer stays on the CPU.
+        offload: folder for files in place of memory, see `activations.room`.
     """
 
-    def __init__(self, part: Stack, samples: list[Sample], encoded: Activations | None, device: str):
-        self._part, self._device = part, device
+    def __init__(
+        self,
+        part: Stack,
+        samples: list[Sample],
+        encoded: Activations | None,
+        device: str,
+        offload: Path | None = None,
+    ):
+        self._part, self._device, self._offload = part, device, offload
         second = encoded is not None
         ids = [s.decoder_ids if second else s.ids for s in samples]
         keep = [s.decoder_keep if second else s.keep for s in samples]
@@ -133,7 +142,7 @@ class Flow:
             given = {} if encoded is None else {"encoder_hidden_states": encoded.view(batch).to(device)}
             hidden, context = part.begin(rows, **given)
             if self._activations is None:
-                buffer = torch.empty(starts[-1], hidden.shape[-1], dtype=hidden.dtype)
+                buffer = room(starts[-1], hidden.shape[-1], hidden.dtype, offload)
                 self._activations = Activations(buffer, starts, tokens.keep)
             self._activations.view(batch).copy_(hidden)
             self._contexts.append(context)
@@ -203,7 +212,8 @@ class Flow:
 
         With `every`, rows that no expert takes are among it.
         """
-        routed = Routed(stack.num_experts, len(self.activations.buffer), every=every)
+        rows = len(self.activations.buffer)
+        routed = Routed(stack.num_experts, rows, every=every, offload=self._offload)
         starts = self.activations.starts
         for number, batch in enumerate(self._batches):
             keep = self.activations.keep[starts[batch.start] : starts[batch.stop]]

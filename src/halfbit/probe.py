@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Probe:
     Args:
         rules: of the input and output projections of each experts module; those with options are probed.
         linears: the same for linear layers.
+        offload: see `activations.room`; trials stay in memory.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Probe:
         samples: list[Sample],
         device: str,
         dtype: torch.dtype,
+        offload: Path | None = None,
     ):
         self._family, self._recipe, self._device, self._dtype = family, recipe, device, dtype
+        self._offload = offload
         self._rules = {path: pair for path, pair in rules.items() if pair and any(rule.options for rule in pair)}
         self._linears = {path: pair for path, pair in linears.items() if pair[1].options}
         for path in self._linears:
@@ -113,7 +117,7 @@ class Probe:
         heard: dict[str, Activations] = {}
         for part in family.stacks():
             passed = behind > blocks.index(part.blocks[-1])
-            base = Flow(part, self._samples, encoded, self._device)
+            base = Flow(part, self._samples, encoded, self._device, self._offload)
             # "" is the original
             names = ["", *self._roles]
             if behind >= blocks.index(part.blocks[0]):

@@ -36,6 +36,7 @@ def compress_to_loss(
     *,
     device: str = "cpu",
     restart: bool = False,
+    offload: str | Path | None = None,
 ) -> Iterator[Event]:
     """Compress with the fewest bits at which the loss rises by no more than the share `most` (0.02: 2 %).
 
@@ -66,7 +67,8 @@ def compress_to_loss(
     while best is None or high / low > FINE:
         trial = folder / TRIALS / f"{bits:.4f}"
         how = recipe.budgeted("bits", bits, account.free)
-        for event in compress(source, trial, how, calibration, device=device, curves=folder / TRIALS / "curves.json"):
+        curves = folder / TRIALS / "curves.json"
+        for event in compress(source, trial, how, calibration, device=device, curves=curves, offload=offload):
             if not isinstance(event, Finished):
                 yield event
         loss = _loss(str(trial), held, device)
