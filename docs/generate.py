@@ -16,7 +16,7 @@ OTHERS = {
     "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py",
     "bench/": "products.py: the product against torch; loading.py: what verification costs; generate.py: checkpoints of any size; results.csv",
     "docs/": "guide.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
-    "examples/": "demo.py; tiny-moe/: a small trained model with its texts",
+    "examples/": "demo.py; tiny-moe/: a small trained model with its texts; configs/: of large models, for halfbit plan",
 }
 
 

@@ -15,13 +15,16 @@ LAYERS = (
     {"family", "layout"},
     {"manifest"},
     {"families", "writer", "recipe"},
+    {"blueprint"},
     {"activations", "samples", "nn"},
     {"flow", "solving", "storing", "evaluate", "tunable"},
     {"expert_groups", "linear_groups"},
     {"teacher", "sizes", "probe"},
-    {"tune", "tune_group", "allocation"},
+    {"tune", "tune_group", "allocation", "machine", "parts"},
+    {"plan_memory"},
+    {"plan_time"},
     {"compress", "folder", "importers"},
-    {"hf", "search"},
+    {"hf", "search", "plan"},
     {"__init__", "cli"},
 )
 # packages whose members are found through the registry, which imports them by name when asked

@@ -236,11 +236,16 @@ def read_config(reader: Reader) -> PreTrainedConfig:
     if "model_type" not in reader.config:
         raise CheckpointError(f"{reader.files}/config.json: no model_type; give a folder saved by `save_pretrained`")
     try:
-        config = AutoConfig.from_pretrained(reader.path("config.json").parent, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(reader.path("config.json"), trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise Unsupported(
             f"{reader.files}: transformers does not know model_type {reader.config['model_type']!r}; a newer version "
             "may. Code that comes with a checkpoint is never run"
+        ) from error
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{reader.files}: transformers cannot make a config of config.json ({error}); take the one that belongs to "
+            "the weights"
         ) from error
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):

@@ -1,5 +1,7 @@
 """Where the weights are in a model: `open_family` picks the family by the config, structure does the rest."""
 
+from transformers import PreTrainedConfig
+
 from halfbit import registry
 from halfbit.errors import Unsupported
 from halfbit.family import Family, read_config
@@ -13,10 +15,14 @@ def open_family(reader: Reader) -> Family:
         Unsupported: no family takes this config.
     """
     config = read_config(reader)
+    return registry.module("families", family_of(reader, config)).open_family(reader, config)
+
+
+def family_of(reader: Reader, config: PreTrainedConfig) -> str:
+    """Name of the family that takes a model with this config. Raises Unsupported as `open_family`."""
     for name in registry.names("families"):
-        module = registry.module("families", name)
-        if module.matches(config):
-            return module.open_family(reader, config)
+        if registry.module("families", name).matches(config):
+            return name
     raise Unsupported(
         f"{reader.files}: no family takes model_type {config.model_type!r}; known: "
         f"{', '.join(registry.names('families'))} (decoder-only models that generate text, and Switch Transformers)"

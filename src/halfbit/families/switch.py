@@ -14,6 +14,9 @@ from halfbit.blocks import Inputs, Stack, find_blocks
 from halfbit.family import Family
 from halfbit.reader import Reader
 
+# of the config: how many experts there are, each a module of its own
+EXPERTS_FIELD = "num_experts"
+
 
 def matches(config: PreTrainedConfig) -> bool:
     """Whether this family takes a model with this config."""

@@ -1,0 +1,252 @@
+"""What `halfbit plan` predicts, against published totals, whole models and folders that were really written."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from compressed import EVERYTHING, Made, chosen
+from transformers import AutoModelForSeq2SeqLM
+from typer.testing import CliRunner
+
+from halfbit import recipe
+from halfbit.blueprint import Blueprint
+from halfbit.cli import app
+from halfbit.errors import CheckpointError, FormatError, RecipeError, Unsupported
+from halfbit.families import open_family
+from halfbit.machine import Rates, Room, measure
+from halfbit.parts import matrices, stored_bits
+from halfbit.plan import budgeted, plan
+from halfbit.plan_time import Clock, Work
+from halfbit.reader import Reader
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "examples" / "configs"
+TINY = ROOT / "examples" / "tiny-moe"
+PLENTY = Room(1 << 50, 1 << 50, 1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("switch-c-2048", 1571.3),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3-235b-a22b", 235.09),
+        ("deepseek-v3", 671.03),  # without the layer that predicts a second token
+        ("mixtral-8x7b", 46.70),
+        ("llama-3-70b", 70.55),
+    ],
+)
+def test_configs_have_as_many_weights_as_published(name: str, billions: float) -> None:
+    blueprint = Blueprint.of(CONFIGS / f"{name}.json")
+    assert blueprint.parameters() / 1e9 == pytest.approx(billions, rel=1e-4)
+
+
+def test_c2048_is_planned_in_seconds_and_fits_the_published_size() -> None:
+    begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = plan(CONFIGS / "switch-c-2048.json", recipe.load("qmoe"), timed=False, free=PLENTY)
+    assert time.process_time() - begin < 15
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 << 10
+    assert found.before / 1e9 == pytest.approx(3142, rel=1e-3)
+    assert 130e9 < found.after < 158.6e9
+    # 16 Hessians of 6144 columns, and their factors in float64 some at a time
+    assert 8e9 < found.host_bytes < 40e9
+    assert found.device_bytes == 0
+
+
+def test_experts_that_are_modules_are_counted_as_the_whole_model_has_them(tmp_path: Path) -> None:
+    config = tiny_models.CONFIGS["switch"]
+    config = type(config)(**{**config.to_dict(), "num_experts": 9})
+    config.save_pretrained(tmp_path)
+    blueprint = Blueprint.of(tmp_path)
+    assert len(next(iter(blueprint.family.experts.values())).members) < 9
+    with torch.device("meta"):
+        whole = AutoModelForSeq2SeqLM.from_config(config)
+    assert blueprint.parameters() == sum(p.numel() for p in whole.parameters())
+    shapes = {n: tuple(p.shape) for n, p in whole.named_parameters() if ".experts." not in n}
+    assert {n: shape for n, (shape, _) in blueprint.weights.items()} == shapes
+    assert {s.num_experts for s in blueprint.stacks.values()} == {9}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-tied", "deepseek-v3", "gpt-oss", "llama4", "switch", "falcon"])
+def test_weights_are_those_of_the_checkpoint(saved: Callable[[str], Path], name: str) -> None:
+    blueprint, family = Blueprint.of(saved(name)), open_family(Reader(saved(name)))
+    sources = family.claims().sources
+    streamed = {n for stack in family.experts.values() for p in stack.projections for n in stack.parameters(p)}
+    kept = [n for n in sources if n not in streamed]
+    assert set(blueprint.weights) == set(kept)
+    for n in kept:
+        assert blueprint.weights[n][0] == tuple(family.model.get_parameter_or_buffer(n).shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "within"),
+    [("qwen3-moe", "grouped", 0.02), ("llama", "grouped", 0.02), ("qwen3-moe", "qmoe", 0.15), ("switch", "qmoe", 0.15)],
+)
+def test_bytes_of_tensors(made: Callable[..., Made], saved: Callable[..., Path], name: str, rules: str, within: float):
+    folder = made(name, rules).folder
+    found = plan(saved(name), chosen(EVERYTHING.get(rules, rules)), timed=False, free=PLENTY)
+    written = sum(_tensor_bytes(file) for file in folder.glob("*.safetensors"))
+    tensors = sum(p.after for p in found.parts if p.weights)
+    assert tensors == pytest.approx(written, rel=within)
+    about = sum((folder / f).stat().st_size for f in ("manifest.json", "config.json", "model.safetensors.index.json"))
+    assert next(p.after for p in found.parts if p.name == "manifest and index") == pytest.approx(about, rel=0.5)
+
+
+def _tensor_bytes(file: Path) -> int:
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    return file.stat().st_size - 8 - length
+
+
+def test_a_folder_of_the_example_has_the_predicted_size(tmp_path: Path) -> None:
+    chosen = recipe.load("qmoe").calibrated(samples=8, sequence_length=64)
+    found = plan(TINY, chosen, timed=False, free=PLENTY)
+    peak, folder = _compress(tmp_path / "out", 8, 64)
+    assert found.after == pytest.approx(sum(p.stat().st_size for p in folder.iterdir()), rel=0.15)
+    # both hold Python and torch; what this process holds already says nothing of the other
+    assert peak > 100 << 20
+    solving = found.memory[-1]
+    ours = found.host_bytes - solving.host["python, torch, transformers"]
+    assert 0 < ours < peak
+
+
+def _compress(out: Path, samples: int, length: int) -> tuple[int, Path]:
+    given = ["--recipe", "qmoe", "--calibration", str(TINY / "calibration.txt"), "--samples", str(samples)]
+    command = [sys.executable, "-m", "halfbit.cli", "compress", str(TINY), str(out), *given]
+    subprocess.run([*command, "--sequence-length", str(length)], check=True, capture_output=True)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10, out
+
+
+def test_bits_of_data_dependent_codes_are_those_of_the_codec() -> None:
+    rule = recipe.load("qmoe").rules[0]
+    bits, why = stored_bits(rule, (6144, 2080))
+    assert why is not None
+    assert 0.70 < bits < 0.81
+    # one row more costs as much as one row
+    assert stored_bits(rule, (64, 2080))[0] == pytest.approx(bits, rel=0.02)
+
+
+def test_what_does_not_fit_is_named_with_an_option_that_helps() -> None:
+    source, qmoe = CONFIGS / "qwen3-30b-a3b.json", recipe.load("qmoe").calibrated(sequence_length=512)
+    whole = plan(source, qmoe, timed=False, free=PLENTY)
+    assert all(v.fits and v.advice is None for v in whole.verdicts)
+    tight = Room(int(whole.host_bytes * 0.85), whole.after // 2, None)
+    memory, disk = plan(source, qmoe, timed=False, free=tight).verdicts
+    assert not memory.fits
+    assert memory.advice is not None
+    assert memory.advice.startswith("[solving] experts_per_batch = ")
+    batch = int(memory.advice.split(" = ")[1].split()[0])
+    smaller = replace(qmoe, solving=replace(qmoe.solving, experts_per_batch=batch))
+    assert plan(source, smaller, timed=False, free=tight).verdicts[0].fits
+    assert not disk.fits
+    assert disk.advice is not None
+    hopeless = plan(source, qmoe, timed=False, free=Room(1000, 1 << 50, None)).verdicts[0]
+    assert not hopeless.fits
+    assert hopeless.advice is not None
+    assert hopeless.advice.startswith("neither")
+
+
+def test_a_device_takes_the_work_and_the_host_the_activations() -> None:
+    qmoe = recipe.load("qmoe").calibrated(sequence_length=512)
+    on_cpu = plan(CONFIGS / "mixtral-8x7b.json", qmoe, timed=False, free=PLENTY)
+    found = plan(CONFIGS / "mixtral-8x7b.json", qmoe, device="cuda", timed=False, free=PLENTY)
+    assert found.device_bytes > 1e9
+    assert found.host_bytes + found.device_bytes == pytest.approx(on_cpu.host_bytes, rel=0.02)
+    assert [v.limit for v in found.verdicts] == ["memory", "device memory", "disk"]
+    assert found.memory[-1].host["activations of the samples"] == 4 * 4096 * 128 * 512
+
+
+def test_budgets_are_those_of_compress() -> None:
+    source, halfbit = CONFIGS / "qwen3-30b-a3b.json", recipe.load("halfbit")
+    found = plan(source, budgeted(source, halfbit, 0.8, None), timed=False, free=PLENTY)
+    experts = next(p for p in found.parts if p.name == "experts")
+    assert 8 * experts.after / experts.weights == pytest.approx(0.8)
+    sized = plan(source, budgeted(source, halfbit, None, 6 * 10**9), timed=False, free=PLENTY)
+    assert sized.after == pytest.approx(6e9, rel=1e-3)
+    with pytest.raises(RecipeError, match="leaves"):
+        budgeted(source, halfbit, None, 10**9)
+    with pytest.raises(RecipeError, match="rate"):
+        budgeted(source, recipe.load("qmoe"), 0.8, None)
+
+
+def test_times_are_the_arithmetic_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense model rounded by GPTQ: products and Hessians of one block, counted by hand."""
+    rates = Rates(1e9, 1e9, (0.0, 0.0), 0.0, None, 0.0)
+    blueprint = Blueprint.of(CONFIGS / "llama-3-70b.json")
+    chosen = recipe.load("gptq-4-g128").calibrated(samples=2, sequence_length=1024)
+    clock = Clock(rates, chosen.solving, "cpu")
+    monkeypatch.setattr(clock, "solver", lambda *_: (1.0, 0.25, 0.25))
+    spent = Work(blueprint, chosen, matrices(blueprint, chosen), 2, clock).solving()
+    d, inner, kv, tokens = 8192, 28672, 1024, 2048
+    weights = 2 * d * d + 2 * d * kv + 3 * d * inner
+    attention = 2 * 64 * 128 * 1024
+    # once to observe, once to go on
+    assert spent.by["forward passes"] == pytest.approx(80 * 2 * tokens * 2 * (weights + attention) / 1e9)
+    # query, key and value share one; gate and up; output; down
+    assert spent.by["Hessians"] == pytest.approx(80 * 2 * tokens * (3 * d * d + inner * inner) / 1e9)
+    assert spent.by["solver"] == 80 * 7
+    assert spent.by["encoding and decoding"] == 80 * 7 / 2
+
+
+def test_rates_are_positive_and_a_larger_sample_takes_longer() -> None:
+    rates = measure("cpu", TINY / "model.safetensors")
+    assert rates.flops > rates.double_flops > 1e8
+    assert rates.factored(1024) > rates.factored(512) > 0
+    assert rates.read is not None
+    assert rates.read > 1e6
+    few, many = (
+        plan(TINY, recipe.load("qmoe").calibrated(samples=n, sequence_length=64), free=PLENTY) for n in (8, 128)
+    )
+    assert [spent.phase for spent in few.time] == ["starting", "solving"]
+    assert many.time[-1].by["forward passes"] > 4 * few.time[-1].by["forward passes"]
+    assert many.memory[-1].host_bytes > few.memory[-1].host_bytes
+
+
+def test_options_are_measured_first() -> None:
+    found = plan(TINY, recipe.load("halfbit"), timed=False, free=PLENTY)
+    assert [peak.phase for peak in found.memory] == ["measuring options", "solving"]
+    assert "measured curves, until the end" in found.disk
+    assert prod(n > 0 for peak in found.memory for n in peak.host.values())
+
+
+def test_the_command_prints_json_and_tables() -> None:
+    source = str(CONFIGS / "mixtral-8x7b.json")
+    done = CliRunner().invoke(app, ["plan", source, "--recipe", "qmoe", "--no-measure", "--json"])
+    assert done.exit_code == 0
+    told = json.loads(done.stdout)
+    assert told["parameters"] == 46_702_792_704
+    assert told["seconds"] is None
+    assert told["after"] == sum(p["after"] for p in told["parts"])
+    shown = CliRunner().invoke(app, ["plan", source, "--recipe", "qmoe", "--no-measure"])
+    assert shown.exit_code == 0
+    for word in ("experts", "embeddings", "peak memory", "verdict", "assumed"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [
+        ("{", FormatError, "JSON"),
+        ("{}", CheckpointError, "model_type"),
+        ('{"model_type": "nothing-known"}', Unsupported, "nothing-known"),
+        ('{"model_type": "llama", "dtype": "float3"}', CheckpointError, "float3"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}', Unsupported, "awq"),
+    ],
+)
+def test_a_config_that_says_no_model(tmp_path: Path, text: str, error: type[Exception], told: str) -> None:
+    (tmp_path / "config.json").write_text(text, "utf-8")
+    with pytest.raises(error, match=told):
+        plan(tmp_path, recipe.load("spqr-3bit"), timed=False, free=PLENTY)
+
+
+def test_a_recipe_that_says_nothing_of_the_model() -> None:
+    with pytest.raises(RecipeError, match="no weight matches"):
+        plan(CONFIGS / "llama-3-70b.json", recipe.load("qmoe"), timed=False, free=PLENTY)
