@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,20 @@ class Blueprint:
         per_token = next((k for n in PER_TOKEN if isinstance(k := getattr(text, n, None), int)), 1)
         return cls(reader, config, family, weights, all_stacks, dtype, per_token)
 
-    def inside(self, path: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    def inside(self, path: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """The weights of one block, experts' matrices left out."""
-        return ((n, *found) for n, found in self.weights.items() if n.startswith(f"{path}."))
+        return self._by_block.get(path, [])
+
+    @cached_property
+    def _by_block(self) -> dict[str | None, list[tuple[str, tuple[int, ...], torch.dtype]]]:
+        found: dict[str | None, list[tuple[str, tuple[int, ...], torch.dtype]]] = {}
+        for name, weight in self.weights.items():
+            found.setdefault(self.family.block_of(name), []).append((name, *weight))
+        return found
+
+    def outside(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """The weights of no block: embeddings, final norm, head."""
+        return self._by_block.get(None, [])
 
     def parameters(self) -> int:
         """Weights of the whole model."""

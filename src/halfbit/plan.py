@@ -121,13 +121,13 @@ def plan(
         RecipeError: no weight of the model matches a rule. And what `Blueprint.of` raises.
     """
     blueprint = Blueprint.of(source)
+    base = resident() + WARM
     recipe = with_length(recipe, blueprint.family)
     packed = matrices(blueprint, recipe)
     if not packed:
         raise RecipeError(
             f"{source}: no weight matches a rule of recipe {recipe.name!r} ({', '.join(r.match for r in recipe.rules)})"
         )
-    base = resident() + WARM
     table = parts(blueprint, packed)
     before, after = sum(p.before for p in table), sum(p.after for p in table)
     peaks = _peaks(blueprint, recipe, packed, base, device, before)

@@ -120,7 +120,8 @@ def block_bytes(blueprint: Blueprint, block: str) -> int:
 
 
 def outer_bytes(blueprint: Blueprint) -> int:
-    return F32 * sum(prod(shape) for n, (shape, _) in blueprint.weights.items() if blueprint.family.block_of(n) is None)
+    """Of the weights outside the blocks."""
+    return F32 * sum(prod(shape) for _, shape, _ in blueprint.outside())
 
 
 def routed_bytes(blueprint: Blueprint, tokens: int) -> int:
