@@ -7,6 +7,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 
 LAYERS = (
     {"errors", "rotation", "learner"},
+    {"disk"},
     {"types", "native", "events"},
     {"untrusted"},
     {"registry", "bits", "config", "dequantize"},
@@ -14,6 +15,7 @@ LAYERS = (
     {"solve", "formats", "claims", "blocks"},
     {"family", "layout"},
     {"manifest"},
+    {"journal"},
     {"families", "writer", "recipe"},
     {"blueprint"},
     {"activations", "samples", "nn"},
