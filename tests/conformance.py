@@ -138,7 +138,7 @@ def solutions_for(codec: Codec, rows: int, columns: int, seed: int = 0) -> Itera
     found = False
     for grid in _stored_grids(codec):
         (solution,) = rtn(w, None, grid, names=["w"])
-        solution = replace(solution, rotated=getattr(codec, "rotated", False))
+        solution = replace(solution, rotated=codec.rotated)
         ordered = _ordered(solution, random)
         richer = next((s for s in (_with_outliers(ordered, random), ordered) if _stores(codec, s)), None)
         for kind in (solution, richer):
@@ -163,7 +163,7 @@ def _stored_grids(codec: Codec) -> list[Grid]:
     for grid in dict.fromkeys(grids() + _own_grid(codec)):
         quick = replace(grid, fitting="min-max") if isinstance(grid, Bilevel) else grid
         (solution,) = rtn(torch.tensor([[[-1.0, 1.0]]]), None, quick, names=["w"])
-        if _stores(codec, replace(solution, rotated=getattr(codec, "rotated", False))):
+        if _stores(codec, replace(solution, rotated=codec.rotated)):
             stored.append(quick)
     return stored
 

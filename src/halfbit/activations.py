@@ -93,6 +93,7 @@ class Routed:
         index, weights: `[rows, top_k]`, the experts of each row and how much they count.
         keep: bool `[rows]`, the rows that may enter a Hessian.
         places: int64 `[rows]`, where each row stands among all rows that the module was called with.
+        called: how many rows the module was called with.
     """
 
     hidden: Tensor
@@ -101,6 +102,7 @@ class Routed:
     weights: Tensor
     keep: Tensor
     places: Tensor
+    called: int
 
     def __init__(self, num_experts: int, capacity: int, *, every: bool = False, offload: Path | None = None):
         self.num_experts, self._every, self._offload = num_experts, every, offload

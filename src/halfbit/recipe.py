@@ -111,7 +111,7 @@ class Rule:
         if self.grid is not None and self.codec is not None:
             try:  # on a matrix of two weights, now and not after an hour
                 (solution,) = rtn(torch.tensor([[[-1.0, 1.0]]]), None, self.grid, names=[self.match])
-                self.codec.encode(replace(solution, rotated=getattr(self.codec, "rotated", False)))
+                self.codec.encode(replace(solution, rotated=self.codec.rotated))
             except Unsupported as e:
                 raise RecipeError(f"{where}: grid and codec do not fit together: {e}") from e
 

@@ -143,6 +143,11 @@ class Codec(Protocol):
     name: ClassVar[str]
 
     @property
+    def rotated(self) -> bool:
+        """Whether what is stored is the matrix with rotated columns (`rotation.py`)."""
+        ...
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of the stored tensors, in a fixed order; without dots."""
         ...

@@ -26,7 +26,7 @@ def check_stack(packed: Packed, count: int) -> None:
 
 def check_rotated(codec: Codec, solution: Solution) -> None:
     """Raise Unsupported unless the solution's columns are rotated where the codec's are."""
-    if solution.rotated != getattr(codec, "rotated", False):
+    if solution.rotated != codec.rotated:
         have = "rotated" if solution.rotated else "not rotated"
         raise Unsupported(
             f"{codec.name}: {codec!r} cannot store a solution whose columns are {have}; rotated columns are stored by "

@@ -56,6 +56,10 @@ class Grouped:
         return Affine(bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     @property
+    def rotated(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> tuple[str, ...]:
         return ("codes", "scale", "zero", "order")
 

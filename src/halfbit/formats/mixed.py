@@ -46,6 +46,10 @@ class Mixed:
                 raise RecipeError(f"Mixed: its codecs must all be different, got {codec!r} twice")
 
     @property
+    def rotated(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> tuple[str, ...]:
         return "which", *(f"{n}_{part}" for n, codec in enumerate(self.codecs) for part in codec.parts)
 

@@ -49,6 +49,10 @@ class QMoE:
         return dictionary(self.p0)
 
     @property
+    def rotated(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> tuple[str, ...]:
         return ("codewords", "row_lengths", "levels", "pivots")
 

@@ -79,6 +79,10 @@ class SpQR:
         return Form(self.bits, self.group or 0, self.scale_bits, self.zero_bits, self.supergroup, half)
 
     @property
+    def rotated(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> tuple[str, ...]:
         return (
             "codes",
