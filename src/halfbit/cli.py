@@ -201,6 +201,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure this machine for some seconds, and predict times.")
     ] = True,
+    offload: Annotated[bool, typer.Option("--offload", help="With the activations in files.")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -218,7 +219,7 @@ def plan(
         raise RecipeError("--bits and --size are ways to say one thing; give one of them")
     if bits is not None or size is not None:
         chosen = budgeted(model, chosen, bits, None if size is None else parse_size(size))
-    found = make_plan(model, chosen, out=folder, device=_device(device), timed=measure)
+    found = make_plan(model, chosen, out=folder, device=_device(device), timed=measure, offload=offload)
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
@@ -256,11 +257,6 @@ def _show_plan(found: Plan) -> None:
         for what, n in sorted(peak.device.items(), key=lambda row: -row[1]):
             table.add_row("", what, "", told(n))
     out.print(table)
-    out.print(
-        f"beside it up to {told(found.mapped)} of the source's files, mapped: shown as the process's own, taken back "
-        "by the kernel when it needs them",
-        soft_wrap=True,
-    )
     if found.time:
         table = Table(
             Column("phase", no_wrap=True), "what", Column("time", **right), title="time on this machine, idle"

@@ -15,7 +15,7 @@ from halfbit.compress import with_length
 from halfbit.errors import RecipeError
 from halfbit.machine import Room, measure, resident, room
 from halfbit.parts import Matrices, Part, matrices, parts
-from halfbit.plan_memory import WARM, Peak, measuring, solving
+from halfbit.plan_memory import ACTIVATIONS, WARM, Peak, measuring, solving
 from halfbit.plan_time import SETUP, Clock, Spent, Work
 from halfbit.reader import Folder
 from halfbit.recipe import Recipe
@@ -56,7 +56,6 @@ class Plan:
         bits_per_packed_weight: of what the recipe compresses, everything that the format stores included.
         parts: bytes by part.
         memory: the fullest moment of each phase.
-        mapped: bytes of the source's files that count as the process's own while they are open, beside `memory`.
         disk: bytes by what lies on the disk at the fullest moment.
         time: CPU seconds by phase; empty where nothing was measured.
         verdicts: limits of this machine.
@@ -73,7 +72,6 @@ class Plan:
     bits_per_packed_weight: float
     parts: list[Part]
     memory: list[Peak]
-    mapped: int
     disk: dict[str, int]
     time: list[Spent]
     verdicts: list[Verdict]
@@ -81,7 +79,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Peak of the host's memory, without pages that the kernel takes back when it needs them."""
+        """Peak of the host's memory."""
         return max(peak.host_bytes for peak in self.memory)
 
     @property
@@ -105,6 +103,7 @@ def plan(
     out: str | Path = ".",
     device: str = "cpu",
     timed: bool = True,
+    offload: bool = False,
     free: Room | None = None,
 ) -> Plan:
     """Predict what `compress` with the same arguments takes.
@@ -114,6 +113,7 @@ def plan(
         recipe: with its calibration and its budget.
         out: where the folder would be, for the free space there.
         device: "cpu" or "cuda".
+        offload: activations lie in files, as far as memory does not hold them.
         timed: measure this machine, for some seconds, and predict times.
         free: what there is; None: what this machine has left now.
 
@@ -130,8 +130,11 @@ def plan(
         )
     table = parts(blueprint, packed)
     before, after = sum(p.before for p in table), sum(p.after for p in table)
-    peaks = _peaks(blueprint, recipe, packed, base, device, before)
+    peaks = _peaks(blueprint, recipe, packed, base, device)
     disk = _disk(blueprint, recipe, packed, before, after)
+    if offload:
+        disk["activations"] = max(p.bytes_of(ACTIVATIONS) for p in peaks)
+        peaks = [p.without(ACTIVATIONS) for p in peaks]
     spent = _spent(blueprint, recipe, packed, device) if timed else []
     weights = sum(m.weights for m in packed)
     free = room(out, device) if free is None else free
@@ -146,11 +149,10 @@ def plan(
         bits_per_packed_weight=sum(m.weights * m.bits for m in packed) / weights,
         parts=table,
         memory=peaks,
-        mapped=max(p.pages for p in peaks),
         disk=disk,
         time=spent,
-        verdicts=list(_verdicts(blueprint, recipe, packed, base, device, before, peaks, disk, free)),
-        assumptions=list(_assumptions(blueprint, recipe, packed)),
+        verdicts=list(_verdicts(blueprint, recipe, packed, base, device, offload, peaks, disk, free)),
+        assumptions=list(_assumptions(blueprint, recipe, packed, offload)),
     )
 
 
@@ -179,17 +181,15 @@ def budgeted(source: str | Path, recipe: Recipe, bits: float | None, size: int |
     return recipe.budgeted("bits", bits, [m.rule for m in takes])
 
 
-def _peaks(
-    blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], base: int, device: str, before: int
-) -> list[Peak]:
+def _peaks(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], base: int, device: str) -> list[Peak]:
     samples = recipe.calibration.samples
-    given = (blueprint, recipe, packed, samples, base, device, before)
+    given = (blueprint, recipe, packed, samples, base, device)
     first = measuring(*given)
     return [*([first] if first else []), solving(*given)]
 
 
 def _disk(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], before: int, after: int) -> dict[str, int]:
-    """Activations are kept in memory, never on the disk."""
+    """But for activations."""
     found = {"compressed folder": after}
     options = sum(m.count for m in packed if m.rule.options)
     if options:
@@ -221,7 +221,7 @@ def _verdicts(
     packed: list[Matrices],
     base: int,
     device: str,
-    before: int,
+    offload: bool,
     peaks: list[Peak],
     disk: dict[str, int],
     free: Room,
@@ -231,12 +231,13 @@ def _verdicts(
     def memory(limit: Limit, needed: int, there: int | None) -> Verdict:
         if _fits(needed, there):
             return Verdict(limit, needed, there, True)
-        for advice, other in _smaller(recipe):
-            tried = _peaks(blueprint, other, packed, base, device, before)
+        for advice, other, in_files in _smaller(recipe, offload):
+            tried = _peaks(blueprint, other, packed, base, device)
+            tried = [p.without(ACTIVATIONS) for p in tried] if in_files else tried
             less = max(p.host_bytes if limit == "memory" else p.device_bytes for p in tried)
             if _fits(less, there):
                 return Verdict(limit, needed, there, False, f"{advice}: {_told(less)}")
-        advice = "neither smaller groups of experts nor fewer samples make it fit; use a machine with more"
+        advice = "neither smaller groups of experts nor files nor fewer samples make it fit; use a machine with more"
         if limit == "device memory":
             advice += ", or --device cpu"
         return Verdict(limit, needed, there, False, advice)
@@ -254,8 +255,9 @@ def _fits(needed: int, free: int | None) -> bool:
     return free is None or needed <= (1 - SPARE) * free
 
 
-def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Recipes that take less memory, by what to write for them, those that cost the result nothing first."""
+def _smaller(recipe: Recipe, offload: bool) -> Iterator[tuple[str, Recipe, bool]]:
+    """Recipes that take less memory, by what to write for them, those that cost the result nothing first; whether
+    activations lie in files."""
     solving, samples = recipe.solving, recipe.calibration.samples
     groups = [solving.experts_per_batch]
     while groups[-1] > 1:
@@ -264,13 +266,18 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield (
             f"[solving] experts_per_batch = {batch} in the recipe",
             replace(recipe, solving=replace(solving, experts_per_batch=batch)),
+            offload,
         )
+    if not offload:
+        for batch in dict.fromkeys((groups[0], groups[-1])):
+            more = f" and [solving] experts_per_batch = {batch} in the recipe" if batch != groups[0] else ""
+            yield f"--offload DIR{more}", replace(recipe, solving=replace(solving, experts_per_batch=batch)), True
     fewer = samples // 2
     while fewer >= 8:
         for batch in dict.fromkeys((groups[0], groups[-1])):
             smaller = replace(recipe, solving=replace(solving, experts_per_batch=batch)).calibrated(samples=fewer)
             more = f" and [solving] experts_per_batch = {batch} in the recipe" if batch != groups[0] else ""
-            yield f"--samples {fewer}{more}", smaller
+            yield f"--samples {fewer}{more}", smaller, offload
         fewer //= 2
 
 
@@ -298,7 +305,7 @@ def _ternary(m: Matrices) -> bool:
     return any(type(o.grid).__name__ == "Deadzone" for o in m.rule.options or (m.rule,))
 
 
-def _assumptions(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices]) -> Iterator[str]:
+def _assumptions(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], offload: bool) -> Iterator[str]:
     c = recipe.calibration
     yield f"{c.samples} samples of {c.sequence_length} tokens, experts_per_batch {recipe.solving.experts_per_batch}"
     for told in dict.fromkeys(m.assumes for m in packed if m.assumes):
@@ -307,7 +314,7 @@ def _assumptions(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices]) -
         yield f"{told} ({', '.join(sorted(names))}, {', '.join(shapes[:3])}{', ...' if len(shapes) > 3 else ''})"
     if recipe.tuning.steps or recipe.tuning.group_steps:
         yield "tuning is not predicted: neither its time nor its memory"
-    yield "activations are kept in memory; the disk holds none"
+    yield f"activations in {'files' if offload else 'memory'}; a copy of them that the journal keeps is not counted"
     if not blueprint.reader.sizes("*.safetensors"):
         yield "weights as transformers saves them; tokenizer and other files are not counted unless they lie beside it"
 

@@ -4,7 +4,7 @@ Nothing is measured here but the process itself. The names of the terms are thos
 nothing else is said, since a CPU computes in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from halfbit.blueprint import Blueprint
@@ -25,8 +25,8 @@ SHRINKING = 3
 WARM, SHOWN = 50 << 20, 100 << 20
 # tokens of the two sides of a sample with spans corrupted, for each token of text
 ENCODER, DECODER = 0.9, 0.2
-# shards that the reader keeps open, and their size where nobody knows
-OPEN_SHARDS, SHARD = 4, 5_000_000_000
+# what --offload keeps in files
+ACTIVATIONS = ("activations of the samples", "what experts are given and answer")
 # of a matrix in the manifest, as Python objects and as text while it is written
 MANIFEST = 2500
 
@@ -39,14 +39,20 @@ class Peak:
         phase: "measuring options" or "solving".
         block: where it is.
         host, device: bytes by what takes them; nothing on the device where that is the CPU.
-        pages: of the source's files that the kernel counts for the process and takes back when it needs them.
     """
 
     phase: str
     block: str
     host: dict[str, int]
     device: dict[str, int]
-    pages: int
+
+    def bytes_of(self, what: tuple[str, ...]) -> int:
+        """On the host."""
+        return sum(self.host.get(name, 0) for name in what)
+
+    def without(self, what: tuple[str, ...]) -> "Peak":
+        """The same without some of what lies on the host."""
+        return replace(self, host={name: n for name, n in self.host.items() if name not in what})
 
     @property
     def host_bytes(self) -> int:
@@ -96,12 +102,6 @@ def vocabulary(blueprint: Blueprint) -> int:
 def heads(blueprint: Blueprint) -> int:
     text = blueprint.config.get_text_config()
     return getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", 1)
-
-
-def pages(blueprint: Blueprint, before: int) -> int:
-    """Bytes of the shards that are open at once; they are mapped, not read."""
-    shards = sorted(blueprint.reader.sizes("*.safetensors"), reverse=True)
-    return sum(shards[:OPEN_SHARDS]) if shards else min(before, OPEN_SHARDS * SHARD)
 
 
 def forward_bytes(blueprint: Blueprint, block: str, load: Load) -> int:
@@ -173,9 +173,7 @@ def _options(rule: Rule) -> list[Rule]:
     return list(rule.options) or [rule]
 
 
-def solving(
-    blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], samples: int, base: int, device: str, before: int
-) -> Peak:
+def solving(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], samples: int, base: int, device: str) -> Peak:
     """The fullest block of the run itself."""
     followed = recipe.solving.asymmetric
     needs_data = any(r.solver != "rtn" for m in packed for r in _options(m.rule))
@@ -191,7 +189,7 @@ def solving(
             modules = 2 if followed else 1
             if needs_data:
                 host["tokenizer, text"] = SHOWN
-                host["activations of the samples"] = F32 * d * (load.tokens + load.heard) * modules
+                host[ACTIVATIONS[0]] = F32 * d * (load.tokens + load.heard) * modules
                 work["embeddings and head"] = outer_bytes(blueprint)
                 work["block without experts"] = block_bytes(blueprint, block)
             forward = forward_bytes(blueprint, block, load) if needs_data else 0
@@ -212,7 +210,7 @@ def solving(
                     need += solve_bytes(1, *m.shape, _options(m.rule), asymmetric=False)
                     linear = max(linear, need)
             if routed:
-                host["what experts are given and answer"] = routed
+                host[ACTIVATIONS[1]] = routed
             # the experts of a module, side by side and as one tall matrix, when nothing else is left of them
             fullest = max(group, linear + _hessians_of_linears(here), forward, compressed)
             name = "one batch in the block"
@@ -223,7 +221,7 @@ def solving(
             elif fullest == compressed:
                 name = "compressed block, once more"
             work[name] = fullest
-            found = _split("solving", block, host, work, device, pages(blueprint, before))
+            found = _split("solving", block, host, work, device)
             if best is None or found.host_bytes + found.device_bytes > best.host_bytes + best.device_bytes:
                 best = found
     assert best is not None
@@ -248,7 +246,7 @@ def _hessians_of_linears(here: list[Matrices]) -> int:
 
 
 def measuring(
-    blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], samples: int, base: int, device: str, before: int
+    blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], samples: int, base: int, device: str
 ) -> Peak | None:
     """The fullest block of the pass that measures what options cost; None where there are none."""
     roles = [m for m in packed if m.rule.options]
@@ -262,7 +260,7 @@ def measuring(
             here = [m for m in roles if m.block == block]
             done += len(here)
             host = {"python, torch, transformers": base, "tokenizer, text": SHOWN}
-            host["activations of the samples"] = F32 * d * (load.tokens + load.heard)
+            host[ACTIVATIONS[0]] = F32 * d * (load.tokens + load.heard)
             host["activations of the trials"] = F32 * d * few * (done + 1)
             work = {
                 "embeddings and head": outer_bytes(blueprint),
@@ -271,7 +269,7 @@ def measuring(
             }
             fullest = forward_bytes(blueprint, block, load)
             for stack in (s for p, s in blueprint.stacks.items() if p.startswith(f"{block}.")):
-                host["what experts are given and answer"] = routed_bytes(blueprint, load.tokens)
+                host[ACTIVATIONS[1]] = routed_bytes(blueprint, load.tokens)
                 host["the same of the trials"] = (done + 1) * routed_bytes(blueprint, few)
                 experts = min(recipe.solving.experts_per_batch, stack.num_experts)
                 out, inner = sum(stack.projections[p][0] for p in stack.up), stack.projections[stack.down][1]
@@ -292,7 +290,7 @@ def measuring(
             if block == load.blocks[-1]:
                 logits = 6 * F32 * min(few, BLOCK_TOKENS) * vocabulary(blueprint)
                 work["weights, Hessians, solver"] = max(fullest, logits)
-            found = _split("measuring options", block, host, work, device, pages(blueprint, before))
+            found = _split("measuring options", block, host, work, device)
             if best is None or found.host_bytes + found.device_bytes > best.host_bytes + best.device_bytes:
                 best = found
     return best
@@ -304,7 +302,7 @@ def trial_tokens(blueprint: Blueprint, roles: list[Matrices], load: Load) -> int
     return min(load.tokens, max(1, tokens // load.length) * load.length)
 
 
-def _split(phase: str, block: str, host: dict[str, int], work: dict[str, int], device: str, mapped: int) -> Peak:
+def _split(phase: str, block: str, host: dict[str, int], work: dict[str, int], device: str) -> Peak:
     if device == "cpu":
-        return Peak(phase, block, {k: v for k, v in (host | work).items() if v}, {}, mapped)
-    return Peak(phase, block, {k: v for k, v in host.items() if v}, {k: v for k, v in work.items() if v}, mapped)
+        return Peak(phase, block, {k: v for k, v in (host | work).items() if v}, {})
+    return Peak(phase, block, {k: v for k, v in host.items() if v}, {k: v for k, v in work.items() if v})

@@ -9,9 +9,9 @@ weight, dequantized to bfloat16 on reading; their parts (`X_blocks`, `X_scales`,
 """
 
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from halfbit.untrusted import header_bytes, is_plain, parse_json, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+METADATA = "__metadata__"
 
 # what a compressed folder needs beside config.json and weights; no *.py: code of a checkpoint is never run
 AUXILIARY = (
@@ -157,12 +158,11 @@ class Hub:
 
 
 class Reader:
-    """Tensors of a checkpoint by name, read when asked for. Accumulates: keeps at most `handles` shards open.
+    """Tensors of a checkpoint by name, read when asked for. Accumulates: headers of the shards that were looked at.
 
     Args:
         source: a folder, or a hub repository "owner/name".
         revision: branch, tag or commit of a hub repository.
-        handles: shards kept open at a time.
         packed_ok: open a folder that halfbit compressed too; its packed tensors appear as they are stored.
 
     Attributes:
@@ -172,15 +172,12 @@ class Reader:
         quantization: how the source stores its weights: None, "mxfp4", "fp8" or "halfbit".
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None, *, handles: int = 4, packed_ok: bool = False):
-        if handles < 1:
-            raise ValueError(f"handles: expected at least 1, got {handles}")
+    def __init__(self, source: str | Path, revision: str | None = None, *, packed_ok: bool = False):
         self.source = str(source)
         self.files: Folder | Hub = open_files(source, revision)
         self.revision = self.files.revision if isinstance(self.files, Hub) else revision
         self.config = read_json(self.files, "config.json")
-        self._limit = handles
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._local: dict[str, tuple[Path, dict[str, int]]] = {}
         self._headers: dict[str, dict[str, Entry]] = {}
         self._shards = self._list_tensors()
         self.quantization, self._block = self._quantization(packed_ok)
@@ -258,10 +255,6 @@ class Reader:
     def auxiliary_files(self) -> list[str]:
         """Names of tokenizer, generation and licence files: what a copy of the model needs beside its weights."""
         return [n for n in self.files.names() if any(fnmatch(n, pattern) for pattern in AUXILIARY)]
-
-    def close(self) -> None:
-        """Close the shards; reading again opens them again."""
-        self._open.clear()
 
     # inside
 
@@ -383,27 +376,43 @@ class Reader:
         return entries
 
     def _raw(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor, or all of it, in memory of its own: mapped shards would count as ours."""
         entry = self._entry(name)
-        handle = self._handle(entry.file)
-        try:
-            if start is None:
-                return handle.get_tensor(name)
-            return handle.get_slice(name)[start:stop]
-        except SafetensorError as error:
-            raise FormatError(f"{self.files}/{entry.file}: {name}: {error}; download it again", tensor=name) from error
+        shape = (
+            entry.shape
+            if start is None
+            else (len(range(*slice(start, stop).indices(entry.shape[0]))), *entry.shape[1:])
+        )
+        rows = torch.empty(shape, dtype=entry.dtype)
+        row = entry.dtype.itemsize * prod(entry.shape[1:])
+        rest = memoryview(rows.view(-1).view(torch.uint8).numpy().data) if rows.numel() else memoryview(b"")
+        path, begins = self._fetched(entry.file)
+        with path.open("rb", buffering=0) as file:
+            file.seek(begins[name] + (start or 0) * row)
+            while rest:
+                nbytes = file.readinto(rest)
+                if not nbytes:
+                    raise FormatError(
+                        f"{self.files}/{entry.file}: {name}: the file ends in it; download it again", tensor=name
+                    )
+                rest = rest[nbytes:]
+        return rows
 
-    def _handle(self, shard: str) -> Any:
-        if shard not in self._open:
+    def _fetched(self, shard: str) -> tuple[Path, dict[str, int]]:
+        """Where a shard lies, and where each tensor begins in it."""
+        if shard not in self._local:
             path = self.path(shard)
             try:
-                opened = safe_open(path, framework="pt", device="cpu")
+                # its own check of the header: that tensors are as long as their shapes, and lie one after another
+                with safe_open(path, framework="pt", device="cpu"):
+                    pass
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{path}: not a readable safetensors file ({error}); download it again") from error
-            while len(self._open) >= self._limit:
-                self._open.popitem(last=False)
-            self._open[shard] = opened
-        self._open.move_to_end(shard)
-        return self._open[shard]
+            head = header_bytes(path)
+            entries = parse_json(head[8:], f"{path}: the header")
+            begins = {n: len(head) + e["data_offsets"][0] for n, e in entries.items() if n != METADATA}
+            self._local[shard] = path, begins
+        return self._local[shard]
 
 
 def read_json(files: Folder | Hub, filename: str) -> dict[str, Any]:
@@ -419,7 +428,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     length, found = path.stat().st_size, header_bytes(path)
     entries, end = {}, 0
     for name, entry in parse_json(found[8:], f"{path}: the header").items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         match entry:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(), int(stop)]} if all(

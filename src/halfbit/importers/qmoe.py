@@ -16,6 +16,7 @@ tensors, dictionaries and numbers is accepted (torch.load with weights_only); te
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ CODEC = QMoE()
 DTYPES = {"w_comp": torch.int16, "row_off": torch.int32, "ter_minmax": torch.bfloat16, "weight": torch.bfloat16}
 # the length field of a row in our layout
 LONGEST_ROW = 65535
+# files that are kept open
+OPEN = 2
 # what torch.load raises for files that are cut off, have other bits or are other pickles (found by trying, see tests);
 # subclasses are meant, as UnicodeDecodeError, KeyError, OverflowError and RecursionError are
 DAMAGED = (
@@ -79,12 +82,13 @@ class Pickles(Reader):
 
     def __init__(self, source: str, revision: str | None):
         self.shapes: dict[str, tuple[int, int]] = {}
-        super().__init__(source, revision, handles=2)
+        self._open: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        super().__init__(source, revision)
 
     def content(self, file: str) -> dict[str, Any]:
         """What one file holds; tensors stay in the file until they are looked at."""
         if file not in self._open:
-            while len(self._open) >= self._limit:
+            while len(self._open) >= OPEN:
                 self._open.popitem(last=False)
             self._open[file] = _unpickle(self.files, file)
         self._open.move_to_end(file)
