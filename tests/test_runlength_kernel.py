@@ -15,6 +15,7 @@ from halfbit.errors import FormatError, Unsupported
 from halfbit.formats.runlength import reference
 from halfbit.formats.runlength.lanes import Lanes
 from halfbit.formats.runlength.tables import tables
+from halfbit.rotation import signs
 
 if native.extension is None:
     pytest.skip(f"no C++ extension: {native.reason}", allow_module_level=True)
@@ -69,7 +70,7 @@ def check_product(
     parts = [cpu.encode(m, Lanes(out, columns, k)) for m, k in zip(matrices, exponents, strict=True)]
     stream, tile_bytes, of_tile = (torch.cat(t) for t in zip(*parts, strict=True))
     k = torch.tensor(exponents, dtype=torch.uint8)
-    y = cpu.product(x, starts, stream, offsets_of(tile_bytes), of_tile, k, levels, tables().entries, out)
+    y = cpu.product(x, starts, stream, offsets_of(tile_bytes), of_tile, k, levels, tables().entries, signs(0), out)
     exact, plain = torch.empty(len(x), out, dtype=torch.float64), torch.empty(len(x), out)
     for g, m in enumerate(matrices):
         those = slice(int(starts[g]), int(starts[g + 1]))
@@ -139,7 +140,7 @@ def test_work_is_the_same_on_any_number_of_threads_and_x_need_not_be_contiguous(
     stream, tile_bytes, of_tile = cpu.encode(ternary(2000, 2083), lanes)
     x = torch.randn(2083, 20, generator=torch.Generator().manual_seed(3)).T
     operands = stream, offsets_of(tile_bytes), of_tile, torch.tensor([11], dtype=torch.uint8)
-    arguments = torch.tensor([0, 20]), *operands, random_levels(2000), tables().entries, 2000
+    arguments = torch.tensor([0, 20]), *operands, random_levels(2000), tables().entries, signs(0), 2000
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -164,7 +165,7 @@ def test_damaged_bytes_raise_and_never_read_beyond(isa: str):
         for tokens in (1, 9):
             x, starts = torch.ones(tokens, 300), torch.tensor([0, tokens])
             with pytest.raises(FormatError, match=r"tile \d+: does not end as it must"):
-                cpu.product(x, starts, damaged, offsets, of_tile, k, levels, entries, 70)
+                cpu.product(x, starts, damaged, offsets, of_tile, k, levels, entries, signs(0), 70)
         with pytest.raises(FormatError, match=r"tile \d+: does not end as it must"):
             cpu.decode(damaged, offsets, of_tile, entries, lanes)
         with pytest.raises(FormatError, match=r"tile \d+ takes \d+ bytes of"):
@@ -180,13 +181,15 @@ def test_what_it_cannot_do_is_said():
     stream, tile_bytes, of_tile = cpu.encode(ternary(4, 9), Lanes(4, 9, 8))
     operands = stream, offsets_of(tile_bytes), of_tile, torch.tensor([8], dtype=torch.uint8), random_levels(4)
     with pytest.raises(Unsupported, match="float64"):
-        cpu.product(torch.ones(1, 9).double(), torch.tensor([0, 1]), *operands, tables().entries, 4)
+        cpu.product(torch.ones(1, 9).double(), torch.tensor([0, 1]), *operands, tables().entries, signs(0), 4)
     with pytest.raises(ValueError, match="starts"):
-        cpu.product(torch.ones(2, 9), torch.tensor([0, 1]), *operands, tables().entries, 4)
+        cpu.product(torch.ones(2, 9), torch.tensor([0, 1]), *operands, tables().entries, signs(0), 4)
     with pytest.raises(ValueError, match="tables"):
-        cpu.product(torch.ones(1, 9), torch.tensor([0, 1]), *operands, torch.zeros_like(tables().entries), 4)
+        cpu.product(torch.ones(1, 9), torch.tensor([0, 1]), *operands, torch.zeros_like(tables().entries), signs(0), 4)
     with pytest.raises(ValueError, match="tiles"):
-        cpu.product(torch.ones(1, 2000), torch.tensor([0, 1]), *operands, tables().entries, 4)
+        cpu.product(torch.ones(1, 2000), torch.tensor([0, 1]), *operands, tables().entries, signs(0), 4)
+    with pytest.raises(ValueError, match="fit together"):
+        cpu.product(torch.ones(1, 9), torch.tensor([0, 1]), *operands, tables().entries, signs(8), 4)
     with pytest.raises(ValueError, match="codes must be"):
         cpu.encode(torch.full((1, 4), 3, dtype=torch.uint8), Lanes(1, 4, 8))
 
@@ -195,7 +198,16 @@ def test_other_tensors_than_expected_are_refused():
     lanes = Lanes(3, 40, 8)
     stream, tile_bytes, of_tile = cpu.encode(ternary(3, 40), lanes)
     k = torch.tensor([8], dtype=torch.uint8)
-    good = [torch.tensor([0, 1]), stream, offsets_of(tile_bytes), of_tile, k, random_levels(3), tables().entries]
+    good = [
+        torch.tensor([0, 1]),
+        stream,
+        offsets_of(tile_bytes),
+        of_tile,
+        k,
+        random_levels(3),
+        tables().entries,
+        signs(40),
+    ]
     assert cpu.product(torch.ones(1, 40), *good, out_features=3).shape == (1, 3)
     for n, tensor in enumerate(good):
         others = {
