@@ -20,11 +20,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 from compressed import SOURCES, add_tokenizer, text
+from tqdm import tqdm
 
 from halfbit import journal
 from halfbit.compress import compress
@@ -233,14 +235,14 @@ def writes(case: Case, count: int, seed: int) -> dict:
 
 def full(case: Case) -> dict:
     """A file system in memory that has too little room, until it has enough."""
-    mounted, room = case.root / "mounted", 16
+    mounted, room = case.root / "mounted", 32
     mounted.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}k", "tmpfs", mounted], check=True)
     refused = 0
     try:
         while (code := wait(case.fork(mounted / "out"))) == REFUSED:
             refused += 1
-            room += room // 2
+            room *= 2
             subprocess.run(["mount", "-o", f"remount,size={room}k", mounted], check=True)
         if code != ENDED:
             raise SystemExit(f"exit status {code} where the disk was full")
@@ -275,6 +277,8 @@ def main() -> None:
     if options.full and "TORTURE_MOUNTS" not in os.environ:
         again(sys.argv, ["unshare", "--map-root-user", "--mount"], {"TORTURE_MOUNTS": "1"})
     torch.set_num_threads(1)
+    # the one of tqdm is shared with forked processes, and stays locked where one of them is killed with it
+    tqdm.set_lock(threading.RLock())
     journal.SECONDS, journal.WORTH = options.seconds, 0.0
     with tempfile.TemporaryDirectory() as root:
         case = Case(Path(root), options.model, RECIPE.replace(*TUNING) if options.tune else RECIPE)
