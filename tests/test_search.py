@@ -48,7 +48,7 @@ class Fake:
         monkeypatch.setattr(search, "_loss", self.loss)
 
     def compress(
-        self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path
+        self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path, offload: None
     ) -> Iterator[Event]:
         assert curves.name == "curves.json"
         assert not (folder / "config.json").exists()

@@ -22,7 +22,7 @@ FACTORING = 6
 # copies of the Hessians while they move towards the pooled one
 SHRINKING = 3
 # what libraries add to the process that plans, until it solves; and tokenizer, text and what products leave behind
-WARM, SHOWN = 50 << 20, 100 << 20
+WARM, SHOWN = 20 << 20, 100 << 20
 # tokens of the two sides of a sample with spans corrupted, for each token of text
 ENCODER, DECODER = 0.9, 0.2
 # what --offload keeps in files
