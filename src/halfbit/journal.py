@@ -47,8 +47,8 @@ class Journal:
     def __init__(self, folder: Path):
         self._folder = folder / FOLDER
         self._block = ""
-        # key -> facts, and the file with the tensors
-        self._written: dict[str, tuple[dict[str, Any], Path]] = {}
+        # of an earlier run: key -> facts, the file with the tensors, and checksums of all that is in it
+        self._written: dict[str, tuple[dict[str, Any], Path, dict[str, str]]] = {}
         self._waiting: dict[str, tuple[Tensors, dict[str, Any]]] = {}
         self._last = self._behind = time.monotonic()
         self._cost = 0.0
@@ -60,7 +60,7 @@ class Journal:
         for path in sorted(self._folder.glob("0*.safetensors")):
             about = _about(path)
             if about["block"] == block:
-                self._written |= {key: (facts, path) for key, facts in about["steps"].items()}
+                self._written |= {key: (facts, path, about["xxh3"]) for key, facts in about["steps"].items()}
             else:
                 path.unlink()
 
@@ -71,8 +71,8 @@ class Journal:
         """
         if key not in self._written:
             return None
-        facts, path = self._written[key]
-        return _read(path, f"{key}/"), facts
+        facts, path, sums = self._written[key]
+        return _read(path, sums, f"{key}/"), facts
 
     def add(self, key: str, tensors: Tensors, facts: dict[str, Any]) -> None:
         """Keep the packed tensors of a step and its `facts`, which JSON can hold; from time to time write them."""
@@ -90,7 +90,6 @@ class Journal:
         tensors = {f"{key}/{name}": t for key, (own, _) in self._waiting.items() for name, t in own.items()}
         steps = {key: facts for key, (_, facts) in self._waiting.items()}
         self._save(path, tensors, {"block": self._block, "steps": steps})
-        self._written |= {key: (facts, path) for key, facts in steps.items()}
         self._waiting = {}
         self._last = time.monotonic()
 
@@ -110,7 +109,7 @@ class Journal:
         if not path.is_file():
             return None
         about = _about(path)
-        return about["block"], _read(path, ""), about["facts"]
+        return about["block"], _read(path, about["xxh3"], ""), about["facts"]
 
     def close(self) -> None:
         """The run has ended; nothing of this is wanted any more."""
@@ -135,9 +134,8 @@ def _about(path: Path) -> dict[str, Any]:
     return json.loads(text.numpy().tobytes())
 
 
-def _read(path: Path, prefix: str) -> Tensors:
+def _read(path: Path, sums: dict[str, str], prefix: str) -> Tensors:
     """The tensors whose names begin with `prefix`, without it."""
-    sums = _about(path)["xxh3"]
     found = {}
     try:
         with safe_open(path, framework="pt") as f:
