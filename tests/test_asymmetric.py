@@ -9,11 +9,13 @@ from compressed import chosen, load, run, text
 from torch import Tensor
 
 from halfbit.activations import Routed
-from halfbit.compress import _follow, _solve, calibration_samples, compress
+from halfbit.compress import _follow, calibration_samples, compress
 from halfbit.errors import Unsupported
 from halfbit.events import BlockBegan
+from halfbit.expert_pipeline import solve_module
 from halfbit.families import open_family
 from halfbit.flow import Flow
+from halfbit.pipeline import Profile
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
 from halfbit.solve.drift import towards
@@ -108,4 +110,4 @@ def test_rows_that_cannot_be_compared_are_refused(saved, tmp_path) -> None:
     recipe = Recipe("", (Rule("*"),))
     writer = Writer(tmp_path / "out", "", {})
     with pytest.raises(Unsupported, match=rf"{path}: is called with 4 rows where the original is called with 3"):
-        next(_solve(family, stack, ([], []), recipe, routed.close(), torch.rand(3, 8), writer, "cpu"))
+        next(solve_module(family, stack, ([], []), recipe, routed.close(), torch.rand(3, 8), writer, "cpu", Profile()))

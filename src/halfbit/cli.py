@@ -26,7 +26,7 @@ from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import CalibrationError, HalfbitError, RecipeError, UnknownName, Unsupported
 from halfbit.evaluate import evaluate, load
-from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Probed, Solved, Tuned
+from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Probed, Solved, Spent, Tuned
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
@@ -350,6 +350,10 @@ def show_progress(events: Any) -> None:
                     progress.update(task, total=steps, completed=step, description=f"tuning, {loss:.4f} nats")
                 case Noticed(message=message):
                     progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+                case Spent(seconds=seconds, parts=parts):
+                    shares = sorted(((s, name) for name, s in parts.items() if s > 0.01 * seconds), reverse=True)
+                    spent = ", ".join(f"{name} {s / seconds:.0%}" for s, name in shares)
+                    progress.console.print(f"{seconds:.0f} s: {spent}", markup=False, highlight=False, soft_wrap=True)
                 case Finished(folder=folder):
                     progress.update(task, description="done")
                     progress.console.print(f"written: {folder}", markup=False, highlight=False, soft_wrap=True)

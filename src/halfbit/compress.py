@@ -20,8 +20,9 @@ committed blocks are read back instead of solved, and of the block that was open
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbit import native
-from halfbit.activations import Activations, Routed
+from halfbit.activations import Activations
 from halfbit.allocation import CURVES, Settled, settle
-from halfbit.errors import CalibrationError, RecipeError, Unsupported
-from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Solved
-from halfbit.expert_groups import Group, SolvedGroup, batches, max_tokens, run_through, solve
+from halfbit.errors import CalibrationError, RecipeError
+from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Spent
+from halfbit.expert_groups import run_through
+from halfbit.expert_pipeline import solve_module
 from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
@@ -43,7 +45,7 @@ from halfbit.journal import FLOW
 from halfbit.layout import Entry, stored_name
 from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
 from halfbit.linears import find_linears
-from halfbit.nn import stored_names
+from halfbit.pipeline import Profile
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule, Tuning
 from halfbit.samples import (
@@ -60,15 +62,11 @@ from halfbit.samples import (
 from halfbit.storing import (
     fingerprint_of,
     folder_config,
-    keep_experts,
-    kept_experts,
     packed_tensors,
-    put_experts,
     put_outer,
 )
 from halfbit.tune import held_back, tune
-from halfbit.tune_group import Gain, summary, tune_group
-from halfbit.types import Packed, Roles, Solution
+from halfbit.types import Packed
 from halfbit.writer import ALLOCATION, Writer, delete_run
 
 # inside the folder, until the tuned model is there
@@ -192,6 +190,7 @@ def _compress(
             yield Noticed(f"rule {rule.match!r} is the first match of no matrix that can be compressed")
     yield from map(Noticed, left_out(recipe, family, linears))
 
+    profile, began = Profile(), time.monotonic()
     # of the last block that need not run again, for the activations behind it were kept
     behind, found = _kept(writer, blocks) if samples else (-1, {})
     # of the compressed model, and of the original where it is followed
@@ -211,6 +210,8 @@ def _compress(
         for name, of_part in (("flow", flow), ("original", original)):
             if of_part and behind >= blocks.index(part.blocks[0]):
                 of_part.restore(found[f"encoded {name}" if passed else name])
+        if not passed:
+            found = {}
         for block in part.blocks:
             number = blocks.index(block)
             if number <= behind:
@@ -224,7 +225,8 @@ def _compress(
                 writer.journal.open(block)
             yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
-            theirs = _follow(original, family, block, module, recipe, device) if original and module else {}
+            with profile("following the original"):
+                theirs = _follow(original, family, block, module, recipe, device) if original and module else {}
             pending = {path: pair for path, pair in linears.items() if family.block_of(path) == block}
             if done and stored is not None:
                 put_back(family, pending, writer, stored)
@@ -232,18 +234,24 @@ def _compress(
             stacks = family.experts_of(block)
             for number_of_stack, stack in enumerate(stacks):
                 doors = stacks[number_of_stack:]
-                yield from solve_reached(family, pending, flow, block, module, doors, recipe, writer, device)
+                with profile("linear layers"):
+                    yield from solve_reached(family, pending, flow, block, module, doors, recipe, writer, device)
                 pair = rules[stack.path]
-                routed = flow.capture(block, module, stack) if flow and module is not None else None
+                with profile("running blocks"):
+                    routed = flow.capture(block, module, stack) if flow and module is not None else None
                 if pair and not done:
-                    yield from _solve(family, stack, pair, recipe, routed, theirs.pop(stack.path, None), writer, device)
+                    given = theirs.pop(stack.path, None)
+                    yield from solve_module(family, stack, pair, recipe, routed, given, writer, device, profile)
+                    del given
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
-                    run_through(family, stack, routed, recipe.solving.experts_per_batch, device, back)
+                    with profile("running experts"):
+                        run_through(family, stack, routed, recipe.solving.experts_per_batch, device, back)
                 if flow and routed is not None:
                     flow.give(stack, routed)
                 del routed  # or it would live through the next block
-            yield from solve_reached(family, pending, flow, block, module, (), recipe, writer, device)
+            with profile("linear layers"):
+                yield from solve_reached(family, pending, flow, block, module, (), recipe, writer, device)
             for path in pending:
                 yield Noticed(f"{path}: never runs on the calibration text; stored as it was")
             if not done:
@@ -251,19 +259,21 @@ def _compress(
                 for name in claims.tensors_of(block):
                     if name not in compressed or name in kept:
                         writer.put(name, reader.tensor(name))
-                writer.commit(block, f"model-block-{number:05d}.safetensors")
+                with profile("writing"):
+                    writer.commit(block, f"model-block-{number:05d}.safetensors")
             if flow and module is not None:
                 if block != blocks[-1] or len(outside) > len(embeddings):
-                    flow.advance(block, module)
+                    with profile("running blocks"):
+                        flow.advance(block, module)
                     now = {
                         "flow": flow,
                         "original": original,
                         "encoded flow": encoded,
                         "encoded original": encoded_there,
                     }
-                    writer.journal.keep_flow(
-                        FLOW, block, {name: _rows(of) for name, of in now.items() if of is not None}
-                    )
+                    rows = {name: _rows(of) for name, of in now.items() if of is not None}
+                    with profile("writing"):
+                        writer.journal.keep_flow(FLOW, block, rows)
                 family.unload_block(block)
             yield BlockDone(block, number)
         if part is family.stacks()[-1]:
@@ -281,6 +291,7 @@ def _compress(
     auxiliary += [path for path in [writer.folder / ALLOCATION] if path.is_file()]
     writer.finish(folder_config(reader, writer, tied), auxiliary, recipe.to_toml())
     (writer.folder / CURVES).unlink(missing_ok=True)
+    yield Spent(time.monotonic() - began, profile.seconds)
     yield Finished(writer.folder)
 
 
@@ -330,74 +341,6 @@ def _follow(
     return given
 
 
-def _solve(
-    family: Family,
-    stack: ExpertStack,
-    rules: tuple[list[Rule], list[Rule]],
-    recipe: Recipe,
-    routed: Routed | None,
-    theirs: Tensor | None,
-    writer: Writer,
-    device: str,
-) -> Iterator[Event]:
-    """Solve and write the experts of one module, group by group; their outputs go to `routed`.
-
-    `theirs` is what the original gives to the module, where it is followed.
-    """
-    if routed is not None and theirs is not None and len(theirs) != routed.called:
-        raise Unsupported(
-            f"{stack.path}: is called with {routed.called} rows where the original is called with {len(theirs)}, so "
-            "rows cannot be compared; set [solving] asymmetric = false"
-        )
-    packed: Roles = ([], [])
-    tokens: list[int] = []
-    gains: list[Gain] = []
-    for experts in batches(stack, recipe.solving.experts_per_batch):
-        group = Group.read(family, stack, experts, device)
-        of_group = rules[0][experts.start : experts.stop], rules[1][experts.start : experts.stop]
-        key = f"{stack.path}.{experts.start}"
-        found = kept_experts(writer.journal, key)
-        if found is None:
-            solved = solve(group, of_group, recipe, routed, theirs)
-            group_packed, gain = _encoded(of_group, solved), None
-            if recipe.tuning.group_steps and routed is not None and solved.training is not None:
-                group_packed, gain = tune_group(group, solved, group_packed, routed, theirs, recipe.tuning)
-            facts = {
-                "notices": solved.notices,
-                "tokens": solved.tokens,
-                "losses": [[s.loss for s in solutions] for solutions in (solved.up, solved.down)],
-                "gain": None if gain is None else asdict(gain),
-            }
-            keep_experts(writer.journal, key, group_packed, facts)
-        else:
-            group_packed, facts = found
-        yield from map(Noticed, facts["notices"])
-        tokens += facts["tokens"]
-        gains += [] if facts["gain"] is None else [Gain(**facts["gain"])]
-        for role, losses in enumerate(facts["losses"]):
-            packed[role].extend(group_packed[role])
-            for name, encoded, loss, n in zip(group.names, group_packed[role], losses, facts["tokens"], strict=True):
-                matrix = f"{name}.{stored_names(stack)[role]}"
-                fact = {"loss": loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
-                writer.record("matrices", matrix, fact)
-                yield Solved(matrix, loss, encoded.bits_per_weight, n)
-        if routed is not None:
-            group.decoded(*(p[experts.start :] for p in packed)).run(routed)
-    put_experts(stack, packed, writer)
-    if gains:
-        yield Noticed(f"{stack.path}: tuned group by group; {summary(gains)}")
-    if routed is not None:
-        writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
-
-
-def _encoded(rules: tuple[list[Rule], list[Rule]], solved: SolvedGroup) -> Roles:
-    def role(rules: list[Rule], solutions: list[Solution]) -> list[Packed]:
-        codecs = [rule.codec for rule in rules if rule.codec is not None]
-        return [codec.encode(solution) for codec, solution in zip(codecs, solutions, strict=True)]
-
-    return role(rules[0], solved.up), role(rules[1], solved.down)
-
-
 def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> list[Packed]:
     """What an earlier run wrote of a module: input and output projection, as the tall matrices that lie in the file."""
     found = []
@@ -405,18 +348,6 @@ def _stored(stack: ExpertStack, writer: Writer, tensors: dict[str, Tensor]) -> l
         entry = Entry.parse(config, f"{stack.path}.{projection}")
         found.append(entry.packed({part: tensors[stored_name(stack.path, projection, part)] for part in entry.tensors}))
     return found
-
-
-def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:
-    """The coverage table of one experts module."""
-    return {
-        "routed": [len(routed.tokens_of(e)[0]) for e in range(routed.num_experts)],
-        "trained": tokens,
-        "cap": max_tokens(recipe.coverage, routed),
-        "floor": recipe.coverage.floor,
-        "below_floor": [e for e, n in enumerate(tokens) if n < recipe.coverage.floor],
-        "undersampled": recipe.coverage.undersampled,
-    }
 
 
 def _rules(recipe: Recipe, stack: ExpertStack) -> tuple[Rule, Rule] | None:

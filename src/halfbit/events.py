@@ -71,8 +71,17 @@ class BlockDone:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Where the time went: of all `seconds` on the clock, what the loop spent on what it did or waited for, and what
+    was done beside it (`pipeline.py`)."""
+
+    seconds: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Finished:
     folder: Path
 
 
-Event = Began | Probed | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Finished
+Event = Began | Probed | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Spent | Finished

@@ -73,10 +73,14 @@ def kept_linear(journal: Journal, path: str) -> tuple[Packed, dict[str, Any]] | 
 
 
 def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], writer: Writer) -> None:
-    """The matrices of all experts of a module, of any codecs, one above another, and their entry in the config."""
+    """The matrices of all experts of a module, of any codecs, one above another, and their entry in the config.
+
+    Empties the lists of `packed`, so that a module is in memory once.
+    """
     entry = {}
     for matrices, projection in zip(packed, stored_names(stack), strict=True):
         whole = formats.stack(matrices)
+        matrices.clear()
         for part, tensor in whole.tensors.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = Entry.of(whole, stack.num_experts).to_config()
