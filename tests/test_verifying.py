@@ -14,11 +14,15 @@ from compressed import edit_manifest, load
 from safetensors.torch import load_file, save_file
 
 import halfbit
-from halfbit import formats
+from halfbit import dequantize, formats
+from halfbit.blueprint import Blueprint
 from halfbit.errors import FormatError, HalfbitError
+from halfbit.families import open_family
 from halfbit.folder import Problem, inspect
 from halfbit.manifest import MANIFEST, fast_checksum, parse_manifest, read_manifest, text_of, verify_shard
-from halfbit.untrusted import DEEPEST, header_bytes, is_plain, parse_json, short
+from halfbit.reader import Reader
+from halfbit.untrusted import DEEPEST, check_counts, header_bytes, is_plain, parse_json, short
+from halfbit.writer import INDEX
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +266,118 @@ def test_hostile_manifests_are_format_errors(case: str, copy) -> None:
         inspect(copy)
     with pytest.raises(HalfbitError):
         load(copy)
+
+
+# --- hostile sizes
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def plain(folder: Path, header: dict[str, Any], data: bytes = bytes(8)) -> Path:
+    """A checkpoint of one file with this header."""
+    text = json.dumps(header).encode()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder
+
+
+HEADERS: dict[str, Any] = {
+    "2^40 entries in eight bytes": {"shape": [2**40]},
+    "2^70 entries": {"shape": [2**70]},
+    "sides whose product overflows to two": {"shape": [2**32 + 1, 2**32, 2]},
+    "a negative side": {"shape": [-2, -1]},
+    "a side of text": {"shape": ["2"]},
+    "a side of lists": {"shape": [[[2]]]},
+    "no shape": {"shape": 2},
+    "bytes beyond the file": {"data_offsets": [0, 2**40]},
+    "bytes backwards": {"data_offsets": [8, 0]},
+    "bytes before the file": {"data_offsets": [-8, 0]},
+    "no bytes": {"data_offsets": []},
+    "a dtype of numbers": {"dtype": 2**70},
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_hostile_headers_are_errors_before_anything_is_allocated(case: str, tmp_path) -> None:
+    whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    assert torch.equal(Reader(plain(tmp_path, {"x": whole})).tensor("x"), torch.zeros(2))
+    for read in (lambda r: r.tensor("x"), lambda r: r.slice("x", 0, 1)):
+        with pytest.raises(HalfbitError):
+            read(Reader(plain(tmp_path, {"x": whole | HEADERS[case]})))
+
+
+def test_a_shard_that_is_not_as_its_header_was_is_an_error(tmp_path) -> None:
+    """A hub's header is read apart from the file."""
+    reader = Reader(plain(tmp_path, {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}))
+    plain(tmp_path, {"x": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}, bytes(4))
+    with pytest.raises(FormatError, match="x is not as its header said"):
+        reader.tensor("x")
+
+
+def test_blocks_of_fp8_scales_that_are_larger_than_the_weight() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).to(torch.float8_e4m3fn)
+    found = dequantize.fp8(weight, torch.tensor([[0.5]]), (2**40, 2**50))
+    assert torch.equal(found, (weight.float() * 0.5).to(torch.bfloat16))
+
+
+def test_gigabytes_of_json_are_not_read(copy) -> None:
+    for name in (MANIFEST, "config.json"):
+        content = (copy / name).read_bytes()
+        with (copy / name).open("r+b") as file:
+            # nothing is on the disk
+            file.truncate(1 << 40)
+        assert name in {p.where for p in problems(copy)}
+        with pytest.raises(FormatError, match=f"{name}: more than 100,000,000 bytes"):
+            (read_manifest if name == MANIFEST else Reader)(copy)
+        (copy / name).write_bytes(content)
+
+
+COUNTS = ({"num_hidden_layers": 2**40}, {"n_layers": 10**6}, {"num_hidden_layers": 1000, "num_experts": 10**6})
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_a_config_of_more_modules_than_any_model_has_is_an_error_at_once(counts: dict[str, int], copy) -> None:
+    """transformers would make lists and modules until the memory ends."""
+    edit_json(copy / "config.json", lambda c: c.update(counts))
+    with pytest.raises(FormatError, match="more than any model has"):
+        halfbit.load(str(copy))
+    edit_json(copy / "config.json", lambda c: c.pop("quantization_config"))
+    with pytest.raises(FormatError, match="more than any model has"):
+        Blueprint.of(copy)
+    with pytest.raises(FormatError, match="more than any model has"):
+        open_family(Reader(copy))
+
+
+def test_the_largest_models_have_no_more_modules_than_that() -> None:
+    configs = sorted((Path(__file__).parents[1] / "examples").glob("**/*.json"))
+    assert any("switch-c-2048" in str(path) for path in configs)
+    for path in configs:
+        check_counts(json.loads(path.read_text()), path)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "intermediate_size"])
+def test_a_model_that_its_files_cannot_hold_is_refused_before_it_is_allocated(field: str, copy) -> None:
+    """transformers fills what does not fit the files with random numbers, and tells afterwards."""
+    edit_json(copy / "config.json", lambda c: c.update({field: 2**40}) or c["quantization_config"].update(modules={}))
+    with halfbit.unverified(), pytest.raises(FormatError, match="describes a model of"):
+        load(copy)
+
+
+def test_an_index_does_not_lead_out_of_its_folder(copy, tmp_path) -> None:
+    shard = min(copy.glob("model-block-*.safetensors"))
+    shutil.copytree(copy, tmp_path / "other")
+    for name in (f"../other/{shard.name}", f"{tmp_path}/other/{shard.name}", f"../copy/../other/{shard.name}"):
+        text = (tmp_path / "other" / INDEX).read_text()
+        (copy / INDEX).write_text(text.replace(shard.name, name))
+        for verify in (True, False):
+            with pytest.raises(FormatError, match=r"its index names .* elsewhere"):
+                halfbit.load(str(copy), verify=verify)
+        with pytest.raises(FormatError, match="is not a plain file name"):
+            Reader(copy, packed_ok=True)
 
 
 def test_links_and_pipes_in_a_folder(copy, tmp_path) -> None:

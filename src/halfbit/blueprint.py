@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from halfbit import registry
+from halfbit import registry, untrusted
 from halfbit.errors import CheckpointError
 from halfbit.experts import ExpertStack
 from halfbit.families import family_of
 from halfbit.family import Family, read_config
 from halfbit.reader import AUXILIARY, Folder, Reader, open_files, read_json
-from halfbit.untrusted import parse_json
 
 # how many experts the small models are built with
 FEW, MORE = 2, 3
@@ -44,7 +43,7 @@ class ConfigReader(Reader):
         path = Path(source)
         if path.is_file():
             self.files = Folder(path.parent)
-            self.config = parse_json(path.read_bytes(), path)
+            self.config = untrusted.read_json(path)
             self._file = path
         else:
             self.files = open_files(source, revision)
@@ -121,17 +120,11 @@ class Blueprint:
         module = registry.module("families", family_of(reader, config))
         field: str | None = getattr(module, "EXPERTS_FIELD", None)
         count = getattr(config, field, 0) if field else 0
-        try:
-            if field and count > MORE:
-                family = module.open_family(reader, _with(config, field, FEW))
-                other = module.open_family(reader, _with(config, field, MORE))
-            else:
-                family = other = module.open_family(reader, config)
-        except (TypeError, RuntimeError, AttributeError, ZeroDivisionError, KeyError) as error:
-            raise CheckpointError(
-                f"{reader.source}: transformers cannot build a model of this config ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); give a complete config.json"
-            ) from error
+        if field and count > MORE:
+            family = module.open_family(reader, _with(config, field, FEW))
+            other = module.open_family(reader, _with(config, field, MORE))
+        else:
+            family = other = module.open_family(reader, config)
         named = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"
         dtype = getattr(torch, named) if isinstance(named, str) else None
         if not isinstance(dtype, torch.dtype):

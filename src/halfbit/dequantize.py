@@ -28,6 +28,7 @@ def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """bfloat16 [..., out, in]: `weight` times the scale of its rectangle; the last rectangles may be cut off."""
     rows, columns = weight.shape[-2:]
     scale = scale.to(torch.float32)
-    scale = scale.repeat_interleave(block[0], dim=-2)[..., :rows, :]
-    scale = scale.repeat_interleave(block[1], dim=-1)[..., :columns]
+    # a block that is larger than the weight must not make the scales larger than it
+    scale = scale.repeat_interleave(min(block[0], rows), dim=-2)[..., :rows, :]
+    scale = scale.repeat_interleave(min(block[1], columns), dim=-1)[..., :columns]
     return (weight.to(torch.float32) * scale).to(torch.bfloat16)

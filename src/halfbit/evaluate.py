@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from halfbit.errors import CalibrationError, CheckpointError
 from halfbit.manifest import unverified
 from halfbit.samples import Sample, load_tokenizer, longest, read_text, samples_of, tokenize, windows
+from halfbit.untrusted import STUMBLES, check_counts
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ def load(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu", 
     if not Path(source).exists() and "/" not in source:
         raise CheckpointError(f"{source}: no such folder; give a model folder or a hub id such as org/name")
     try:
+        check_counts(PreTrainedConfig.get_config_dict(source)[0], f"{source}/config.json")
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         chosen: Any = dtype or (torch.float32 if device == "cpu" else config.dtype)
         with nullcontext() if verify else unverified():
             loaded: Any = auto.from_pretrained(source, dtype=chosen, output_loading_info=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as e:
+    except (*STUMBLES, SafetensorError) as e:
         # transformers checks little of a config; whatever it stumbles over is the folder's fault
         raise CheckpointError(f"{source}: could not be loaded as a model: {e}") from e
     model, info = loaded
@@ -80,6 +82,7 @@ def evaluate(
     corruption: str = "t5",
     batch_tokens: int = 4096,
     device: str = "cpu",
+    verify: bool = True,
 ) -> Evaluation:
     """Evaluate the model at `source` on a text file (or .jsonl, or data set name).
 
@@ -88,9 +91,10 @@ def evaluate(
         sequence_length: tokens per window; 0: the model's maximum, at most 2048.
         max_tokens: of the text's beginning; 0: all of it.
         seed, corruption: of the span corruption (encoder-decoder models only); "t5" or "fixed".
+        verify: as of `load`, of both models.
     """
-    model = load(source, device=device)
-    original = load(against, device=device) if against else None
+    model = load(source, device=device, verify=verify)
+    original = load(against, device=device, verify=verify) if against else None
     length = sequence_length or longest(model.config)
     tokenizer = load_tokenizer(source)
     tokens = tokenize(tokenizer, read_text(text))

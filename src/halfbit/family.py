@@ -20,6 +20,7 @@ from halfbit.claims import Claims, claim
 from halfbit.errors import CheckpointError, NonFinite, Unsupported
 from halfbit.experts import ExpertStack, find_experts
 from halfbit.reader import Reader
+from halfbit.untrusted import STUMBLES, check_counts
 
 
 class Family:
@@ -235,6 +236,7 @@ def read_config(reader: Reader) -> PreTrainedConfig:
     """transformers' config of a checkpoint, without its quantization, which the reader undoes."""
     if "model_type" not in reader.config:
         raise CheckpointError(f"{reader.files}/config.json: no model_type; give a folder saved by `save_pretrained`")
+    check_counts(reader.config, f"{reader.files}/config.json")
     try:
         config = AutoConfig.from_pretrained(reader.path("config.json"), trust_remote_code=False)
     except (ValueError, KeyError) as error:
@@ -242,7 +244,7 @@ def read_config(reader: Reader) -> PreTrainedConfig:
             f"{reader.files}: transformers does not know model_type {reader.config['model_type']!r}; a newer version "
             "may. Code that comes with a checkpoint is never run"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except STUMBLES as error:
         raise CheckpointError(
             f"{reader.files}: transformers cannot make a config of config.json ({error}); take the one that belongs to "
             "the weights"
@@ -266,6 +268,11 @@ def build(builder: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrai
             model = builder.from_config(config, trust_remote_code=False, dtype=dtype)
     except ValueError as error:
         raise Unsupported(f"{config.model_type}: transformers cannot build it for text generation: {error}") from error
+    except STUMBLES as error:
+        raise CheckpointError(
+            f"{config.name_or_path}: transformers cannot build a model of this config ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); give a complete config.json"
+        ) from error
     model.requires_grad_(False).eval()
     # as `from_pretrained` does: all else is marked as initialised, then the model's own rule fills what is left
     for tensor in model.state_dict(keep_vars=True).values():

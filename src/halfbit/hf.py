@@ -27,6 +27,8 @@ from halfbit.untrusted import short
 from halfbit.writer import FORMAT_VERSION
 
 METHOD = "halfbit"
+# a model's bytes for each of its files' (tied, and in a wider dtype), and what buffers it may have beside
+WIDEST, UNSTORED = 16, 1 << 28
 # for what `cached_file` returns None
 NOT_RAISED = ("gated_repo", "missing_entries", "connection_errors")
 QUIETLY: Any = {f"_raise_exceptions_for_{what}": False for what in NOT_RAISED}
@@ -82,9 +84,11 @@ class HalfbitQuantizer(HfQuantizer):
     ) -> nn.Module:
         stacks = find_experts(model)
         config: Any = self.quantization_config
+        shards = [Path(file) for file in checkpoint_files or ()]
+        _refuse_elsewhere(model.config, shards)
         self._verification = None
-        if checkpoint_files and not skipped():
-            self._verification = _verify(config, model.config, [Path(file) for file in checkpoint_files])
+        if shards and not skipped():
+            self._verification = _verify(config, model.config, shards)
         for path, projections in config.modules.items():
             if path in stacks:
                 model.set_submodule(path, packed_experts(stacks[path], model.get_submodule(path), projections))
@@ -102,6 +106,8 @@ class HalfbitQuantizer(HfQuantizer):
         for name in [n for n, to in tied_keys.items() if _is_packed(model, n) or _is_packed(model, to)]:
             # transformers would look for the weights themselves
             del tied_keys[name]
+        if shards:
+            _refuse_larger(model, shards)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
@@ -167,6 +173,25 @@ def _verify(config: Any, of_model: Any, shards: list[Path]) -> Future[None] | No
     if config.manifest:
         raise FormatError(f"{path}: is missing, and with it all checksums; download it, or load with verify=False")
     return None
+
+
+def _refuse_elsewhere(of_model: Any, shards: list[Path]) -> None:
+    """Raise where an index leads out of its folder, which transformers does not look at."""
+    folder = Path(of_model.name_or_path)
+    for path in shards if folder.is_dir() else ():
+        if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+            raise FormatError(f"{folder}: its index names {short(str(path))}, which is elsewhere; download it again")
+
+
+def _refuse_larger(model: nn.Module, shards: list[Path]) -> None:
+    """Raise before transformers allocates and fills what no file can hold: sizes in config.json may be any."""
+    held = sum(path.stat().st_size for path in shards)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    nbytes = sum(t.numel() * t.itemsize for t in tensors.values())
+    if nbytes > WIDEST * held + UNSTORED:
+        raise FormatError(
+            f"config.json: describes a model of {nbytes:,} bytes, the files hold {held:,}; download all of them again"
+        )
 
 
 def _refuse_missing(model: Any) -> None:

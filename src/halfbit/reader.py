@@ -32,7 +32,7 @@ from torch import Tensor
 
 from halfbit import dequantize
 from halfbit.errors import CheckpointError, FormatError, Unsupported
-from halfbit.untrusted import header_bytes, is_plain, parse_json, short
+from halfbit.untrusted import header_bytes, is_plain, json_bytes, parse_json, read_into, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -177,7 +177,7 @@ class Reader:
         self.files: Folder | Hub = open_files(source, revision)
         self.revision = self.files.revision if isinstance(self.files, Hub) else revision
         self.config = read_json(self.files, "config.json")
-        self._local: dict[str, tuple[Path, dict[str, int]]] = {}
+        self._local: dict[str, tuple[Path, dict[str, tuple[int, int]]]] = {}
         self._headers: dict[str, dict[str, Entry]] = {}
         self._shards = self._list_tensors()
         self.quantization, self._block = self._quantization(packed_ok)
@@ -383,23 +383,24 @@ class Reader:
             if start is None
             else (len(range(*slice(start, stop).indices(entry.shape[0]))), *entry.shape[1:])
         )
-        rows = torch.empty(shape, dtype=entry.dtype)
         row = entry.dtype.itemsize * prod(entry.shape[1:])
-        rest = memoryview(rows.view(-1).view(torch.uint8).numpy().data) if rows.numel() else memoryview(b"")
-        path, begins = self._fetched(entry.file)
+        path, spans = self._fetched(entry.file)
+        begin, end = spans.get(name, (0, -1))
+        # of a hub repository, the header was read apart from the file
+        if end - begin != entry.dtype.itemsize * prod(entry.shape):
+            raise FormatError(f"{path}: {name} is not as its header said; download it again", tensor=name)
+        rows = torch.empty(shape, dtype=entry.dtype)
         with path.open("rb", buffering=0) as file:
-            file.seek(begins[name] + (start or 0) * row)
-            while rest:
-                nbytes = file.readinto(rest)
-                if not nbytes:
-                    raise FormatError(
-                        f"{self.files}/{entry.file}: {name}: the file ends in it; download it again", tensor=name
-                    )
-                rest = rest[nbytes:]
+            file.seek(begin + (start or 0) * row)
+            try:
+                if rows.numel():
+                    read_into(file, rows.view(-1).view(torch.uint8).numpy().data)
+            except FormatError as error:
+                raise FormatError(f"{path}: {name}: {error}; download it again", tensor=name) from error
         return rows
 
-    def _fetched(self, shard: str) -> tuple[Path, dict[str, int]]:
-        """Where a shard lies, and where each tensor begins in it."""
+    def _fetched(self, shard: str) -> tuple[Path, dict[str, tuple[int, int]]]:
+        """Where a shard lies, and where each tensor begins and ends in it."""
         if shard not in self._local:
             path = self.path(shard)
             try:
@@ -410,8 +411,8 @@ class Reader:
                 raise FormatError(f"{path}: not a readable safetensors file ({error}); download it again") from error
             head = header_bytes(path)
             entries = parse_json(head[8:], f"{path}: the header")
-            begins = {n: len(head) + e["data_offsets"][0] for n, e in entries.items() if n != METADATA}
-            self._local[shard] = path, begins
+            offsets = {n: e["data_offsets"] for n, e in entries.items() if n != METADATA}
+            self._local[shard] = path, {n: (len(head) + a, len(head) + b) for n, (a, b) in offsets.items()}
         return self._local[shard]
 
 
@@ -420,7 +421,7 @@ def read_json(files: Folder | Hub, filename: str) -> dict[str, Any]:
     path = files.path(filename)
     if path is None:
         raise CheckpointError(f"{files}: {filename} is missing; give a folder saved by `save_pretrained`")
-    return parse_json(path.read_bytes(), path)
+    return parse_json(json_bytes(path), path)
 
 
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -1,20 +1,38 @@
 """What files from anywhere say: JSON, names of files, and headers of safetensors files, believed in nothing.
 
-Nothing is allocated from a size that a file states; what is read is bounded by how long the file is.
+Nothing is allocated from a size that a file states; what is read is bounded by how long the file is, and what is parsed
+by limits beside.
 """
 
 import json
+import re
 import struct
+from io import RawIOBase
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from halfbit.errors import FormatError
 
 # the specification's own limit on a header, so that a foreign file cannot make us read gigabytes
 HEADER_LIMIT = 100_000_000
+# of a file of JSON; a manifest with the facts of 2048 experts in each of 15 layers has some 10 MB
+JSON_LIMIT = 100_000_000
 # of objects and lists in one another: ours have eight, and whatever walks them recursively is far from Python's limit
 DEEPEST = 64
+
+# how transformers' configs name what there are several modules of
+COUNTS = re.compile(r"(layer|expert)s?$")
+# of a layer beside its experts, and of a model: google/switch-c-2048 has 15 layers with 2048 experts
+MODULES, MOST_MODULES = 16, 1 << 17
+
+# what transformers stumbles with over values in a config.json that it takes for granted
+STUMBLES = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    RuntimeError, StrictDataclassError,
+)  # fmt: skip
 
 _repr = Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
@@ -56,11 +74,42 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FormatError where there is no such file or no such object."""
+def json_bytes(path: Path) -> bytes:
+    """What is in a JSON file. Raises FormatError where there is no such file, or it is larger than any of ours."""
+    # not a device or a pipe, which would have no end
     if not path.is_file():
         raise FormatError(f"{path}: is missing, or no file; download it again")
-    return parse_json(path.read_bytes(), path)
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise FormatError(f"{path}: more than {JSON_LIMIT:,} bytes of JSON; download the file again")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FormatError where there is no such file or no such object."""
+    return parse_json(json_bytes(path), path)
+
+
+def check_counts(config: Any, where: Any) -> None:
+    """Raise FormatError where a model's config.json, as parsed, asks for more layers and experts than any model has.
+
+    transformers makes a module, or an entry of a list, of each before it looks for a weight.
+    """
+    largest = {"layer": 1, "expert": 0}
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        nodes += [v for v in (node.values() if isinstance(node, dict) else node) if _has_members(v)]
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if type(value) is int and (found := COUNTS.search(key)):
+                largest[found[1]] = max(largest[found[1]], value)
+    layers, experts = largest["layer"], largest["expert"]
+    if layers * (MODULES + experts) > MOST_MODULES:
+        raise FormatError(
+            f"{where}: {short(layers)} layers of {short(experts)} experts are more than any model has; download it "
+            "again"
+        )
 
 
 def is_plain(name: Any) -> bool:
@@ -83,3 +132,12 @@ def header_bytes(path: Path) -> bytes:
                 "again"
             )
         return head + file.read(nbytes)
+
+
+def read_into(file: RawIOBase, buffer: memoryview) -> None:
+    """Fill the buffer with the bytes that come next. Raises FormatError where the file has no more."""
+    while buffer:
+        nbytes = file.readinto(buffer)
+        if not nbytes:
+            raise FormatError("the file ends in it")
+        buffer = buffer[nbytes:]
