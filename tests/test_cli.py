@@ -183,6 +183,25 @@ def test_loading_a_folder_that_lacks_a_weight_names_it(folder, tmp_path) -> None
         load(copy)
 
 
+def test_checksums_are_left_out_where_that_is_asked_for(folder, tmp_path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / "model-block-00001.safetensors"
+    name = "model.layers.1.input_layernorm.weight"
+    tensors = load_file(path)
+    tensors[name][0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    text = ("--text", TINY / "test.txt", "--sequence-length", 32, "--max-tokens", 32, "--json")
+    for command in (("generate", copy, "--prompt", "x", "--max-new-tokens", 1), ("eval", copy, *text)):
+        code, _, err = call(*command)
+        assert code == 2
+        assert f"{name}: checksum differs" in err
+        assert call(*command, "--no-verify")[0] == 0
+    # both models are compared, or neither
+    code, _, err = call("eval", folder, *text, "--against", copy)
+    assert f"{name}: checksum differs" in err
+    assert call("eval", folder, *text, "--against", copy, "--no-verify")[0] == 0
+
+
 def model_copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 

@@ -52,6 +52,9 @@ MOST = (1 << 63) - 1
 Folder = Annotated[str, typer.Argument(help="Folder that halfbit compress wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+Verified = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare what is loaded with the checksums of its manifest.")
+]
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
@@ -376,6 +379,7 @@ def evaluate_command(
         str, typer.Option(help="Of encoder-decoder models: t5 (random spans) or fixed (3 tokens).")
     ] = "t5",
     device: Device = "auto",
+    verify: Verified = True,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and loss on a text; encoder-decoder models: loss by span corruption.
@@ -392,6 +396,7 @@ def evaluate_command(
         seed=seed,
         corruption=corruption,
         device=_device(device),
+        verify=verify,
     ).as_dict()
     if as_json:
         print(json.dumps(result))
@@ -411,12 +416,13 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     device: Device = "auto",
+    verify: Verified = True,
 ) -> None:
     """Continue a prompt; tokens appear as they are made."""
     where = _device(device)
     if not math.isfinite(temperature):
         raise Unsupported(f"--temperature: expected a finite number, got {temperature}")
-    model, tokenizer = load(folder, device=where), load_tokenizer(folder)
+    model, tokenizer = load(folder, device=where, verify=verify), load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
     if inputs["input_ids"].numel() == 0:
         raise CalibrationError("--prompt: gives no tokens; write at least a word to continue")
