@@ -6,10 +6,10 @@
 
 Four of five mutations are of a matrix in memory, with every codec and every set of instructions. What `check` accepts
 must decode to the same finite weights as the plain torch reference, and multiply as those weights do; what only
-`runtime` accepts (that is all a kernel may rely on) must multiply without touching foreign memory. The rest are of a
-file of a compressed folder, in half of them with checksums made to fit: `verify`, `inspect` and `load` take it or say
-what is wrong, and a folder that loads with its checksums computes what the intact one does. A mutation that takes a
-minute, or a gigabyte, fails.
+`runtime` accepts (that is all a kernel may rely on) must multiply without touching foreign memory. The rest are of one
+or two files of a compressed folder, in half of them with checksums made to fit, so that the rules of the formats are
+all that protects: `verify`, `inspect`, `Reader` and `load` take it or say what is wrong, and a folder that loads with
+its checksums computes what the intact one does. A mutation that takes a minute, or a gigabyte, fails.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from halfbit import formats, native
 from halfbit.errors import FormatError, HalfbitError
 from halfbit.folder import Problem
 from halfbit.manifest import MANIFEST, header_checksum, tensor_entry, text_of
+from halfbit.reader import METADATA, Reader
 from halfbit.types import Packed
 from halfbit.untrusted import header_bytes
 
@@ -105,6 +106,26 @@ def mutate_bytes(data: bytearray, some: random.Random) -> bytearray:
             case _:
                 data[at:at] = some.choice((b"\0", b"[", b'{"a":' * 2000, some.randbytes(8)))
     return data
+
+
+def mutate_tensors(header: dict[str, Any], data: bytes, some: random.Random) -> bytes:
+    """The bytes of one tensor of a shard flipped, shifted, all alike, or those of another tensor; as many as before."""
+    spans = [entry["data_offsets"] for name, entry in header.items() if name != METADATA]
+    begin, end = some.choice([span for span in spans if span[0] < span[1]])
+    tensor = bytearray(data[begin:end])
+    match some.randrange(6):
+        case 0:
+            there = some.randrange(len(data) - len(tensor) + 1)
+            tensor[:] = data[there : there + len(tensor)]
+        case 1:
+            by = some.randrange(len(tensor))
+            tensor[:] = tensor[by:] + tensor[:by]
+        case 2:
+            tensor[:] = bytes([some.choice((0, 1, 127, 255))]) * len(tensor)
+        case _:
+            for _ in range(some.choice((1, 1, 2, 5, 50))):
+                tensor[some.randrange(len(tensor))] ^= some.choice((*(1 << n for n in range(8)), 255))
+    return data[:begin] + bytes(tensor) + data[end:]
 
 
 def mutate_json(value: Any, some: random.Random) -> Any:
@@ -270,6 +291,9 @@ class Folders:
 
     @staticmethod
     def _load(folder: Path, verify: bool = True) -> Any:
+        if native.extension is not None:
+            # whatever the matrices were multiplied with
+            native.extension.set_isa("best")
         return halfbit.load(str(folder), verify=verify)
 
     @staticmethod
@@ -279,31 +303,40 @@ class Folders:
 
     def mutate(self, some: random.Random) -> str:
         folder, ids, logits = some.choice(self.intact)
-        path = some.choice(sorted(p for p in folder.iterdir() if p.name != "README.md"))
-        content, manifest = path.read_bytes(), (folder / MANIFEST).read_bytes()
+        intact = {p: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "README.md"}
+        changed = some.sample(list(intact), some.choice((1, 1, 1, 2)))
         fitting = some.random() < 0.5
         try:
-            kind = self._change(path, some)
+            kind = " and ".join(f"{path.suffix} {self._change(path, intact, some)}" for path in changed)
             if fitting:
-                self._fit(folder, path)
-            outcome = self._look(folder, ids, None if fitting or path.name == "config.json" else logits)
+                for path in changed:
+                    self._fit(folder, path)
+            of_config = any(path.name == "config.json" for path in changed)
+            verify = not fitting or some.random() < 0.5
+            outcome = self._look(folder, ids, None if fitting or of_config else logits, verify, of_config)
         finally:
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
-            (folder / MANIFEST).write_bytes(manifest)
-        return f"{path.suffix} {kind}{' with sums' if fitting else ''}: {outcome}"
+            for path, content in intact.items():
+                path.unlink(missing_ok=True)
+                path.write_bytes(content)
+        return f"{kind if len(changed) == 1 else 'two files'}{' with sums' if fitting else ''}: {outcome}"
 
     @staticmethod
-    def _change(path: Path, some: random.Random) -> str:
-        content = path.read_bytes()
+    def _change(path: Path, intact: dict[Path, bytes], some: random.Random) -> str:
+        content = intact[path]
         if path.suffix == ".json" and some.random() < 0.6:
             path.write_text(json.dumps(mutate_json(json.loads(content), some), indent=1) + "\n")
             return "JSON"
-        if path.suffix == ".safetensors" and some.random() < 0.4:
+        if path.suffix == ".safetensors" and (which := some.randrange(8)) < 6:
+            if which == 0:
+                path.write_bytes(some.choice([c for p, c in intact.items() if p.suffix == ".safetensors"]))
+                return "of another"
             end = len(header_bytes(path))
-            text = json.dumps(mutate_json(json.loads(content[8:end]), some)).encode()
-            path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-            return "header"
+            if which < 3:
+                text = json.dumps(mutate_json(json.loads(content[8:end]), some)).encode()
+                path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+                return "header"
+            path.write_bytes(content[:end] + mutate_tensors(json.loads(content[8:end]), content[end:], some))
+            return "tensors"
         path.write_bytes(mutate_bytes(bytearray(content), some))
         return "bytes"
 
@@ -323,26 +356,38 @@ class Folders:
                     manifest["tensors"][name] = tensor_entry(path.name, tensor)
             (folder / MANIFEST).write_text(text_of(manifest))
 
-    def _look(self, folder: Path, ids: Any, logits: torch.Tensor | None) -> str:
+    def _look(self, folder: Path, ids: Any, logits: torch.Tensor | None, verify: bool, of_config: bool) -> str:
+        """What all that reads a folder says of it; with `logits`, those are what it must compute if it loads."""
         found = 0
-        for look in (lambda: list(halfbit.verify(folder)), lambda: [halfbit.inspect(folder)][:0]):
+        for look in (halfbit.verify, _inspected, _tensors):
             try:
-                found += sum(isinstance(p, Problem) for p in look())
+                found += sum(isinstance(p, Problem) for p in look(folder))
             except HalfbitError:
                 found += 1
         try:
-            model = self._load(folder, verify=logits is not None)
+            model = self._load(folder, verify=verify)
         except HalfbitError:
             return "error"
         try:
             after = self._logits(model, ids)
         except (IndexError, RuntimeError, ValueError, TypeError):
             # what transformers makes of numbers in config.json that are no matter of ours
-            assert logits is None
+            assert of_config
             return "no product"
         if logits is not None:
             assert torch.equal(after, logits), "loads with its checksums and computes something else"
         return "found" if found else "right"
+
+
+def _inspected(folder: Path) -> list[Problem]:
+    json.dumps(halfbit.inspect(folder))
+    return []
+
+
+def _tensors(folder: Path) -> Iterator[torch.Tensor]:
+    """Every tensor, as a checkpoint to be compressed is read."""
+    reader = Reader(folder, packed_ok=True)
+    return (reader.tensor(name) for name in reader.names())
 
 
 def run(mutations: int, seed: int, *, folders: bool, only: int | None = None) -> collections.Counter[str]:
