@@ -1,11 +1,14 @@
 """What verification costs when a compressed folder is loaded: `from_pretrained` with the checksums and without them.
 
+Weights are mapped: some formats' are read by the first token alone, which `--token` counts in. Seconds on the clock,
+and of the processor, which other programs disturb less.
+
 A folder of random weights, about a gigabyte: a Llama whose linear layers are all in one format, embeddings in bfloat16.
 One matrix of each shape is encoded and written for every layer, so the folder is quickly made. Loads with and without
 verification take turns, in one process after both have been run once; `--cold` has the kernel drop the folder's pages
 before each.
 
-    python bench/loading.py --format spqr           # prints a table; --folder keeps what is made
+    python bench/loading.py --format spqr           # appends to bench/results.csv; --folder keeps what is made
 """
 
 import argparse
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import products
+import record
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -91,14 +95,17 @@ def drop(folder: Path) -> None:
         os.close(handle)
 
 
-def seconds(folder: Path, dtype: torch.dtype, verify: bool, cold: bool) -> float:
-    """Of one load."""
+def seconds(folder: Path, dtype: torch.dtype, *, verify: bool, cold: bool, token: bool) -> tuple[float, float]:
+    """Of one load, on the clock and of the processor."""
     if cold:
         drop(folder)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     with nullcontext() if verify else halfbit.unverified():
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return time.perf_counter() - start
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if token:
+        with torch.no_grad():
+            model(torch.tensor([[1]]))
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def main() -> None:
@@ -109,21 +116,36 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--token", action="store_true", help="until the model has computed a token")
+    parser.add_argument("--dry-run", action="store_true", help="print, do not append to results.csv")
     given = parser.parse_args()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary) / "folder"
         if not (folder / "config.json").is_file():
-            print(f"{make(folder, given.format, int(given.gigabytes * 1e9)) / 1e9:.3f} GB of weights")
+            make(folder, given.format, int(given.gigabytes * 1e9))
+        held = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
         dtype = getattr(torch, given.dtype)
-        times: dict[bool, list[float]] = {False: [], True: []}
+        times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for _ in range(given.loads + 1):
             for verify, found in times.items():
-                found.append(seconds(folder, dtype, verify, given.cold))
-        plain, checked = (statistics.median(found[1:]) for found in times.values())
-        how = f"{given.format}, {given.dtype}, {'cold' if given.cold else 'warm'}, {torch.get_num_threads()} threads"
-        print(f"{how}: {plain:.3f} s without, {checked:.3f} s with verification, {checked / plain - 1:+.1%}")
-        print(", ".join(f"{without:.3f} {with_:.3f}" for without, with_ in zip(*times.values(), strict=True)))
+                found.append(seconds(folder, dtype, verify=verify, cold=given.cold, token=given.token))
+    about = f"{given.format}, {given.dtype}, {'cold' if given.cold else 'warm'}, {held:.2f} GB"
+    medians = {
+        verify: [statistics.median(row) for row in zip(*found[1:], strict=True)] for verify, found in times.items()
+    }
+    (plain, plain_cpu), (checked, checked_cpu) = medians.values()
+    note = (
+        f"{plain:.3f} s without, {checked / plain - 1:+.1%}; of the processor {checked_cpu:.3f} and {plain_cpu:.3f} s, "
+        f"{checked_cpu / plain_cpu - 1:+.1%}; medians of {given.loads}"
+    )
+    what = "load and first token, verified" if given.token else "load, verified"
+    print(f"{about}: {what} {checked:.3f} s; {note}")
+    for without, verified in zip(*times.values(), strict=True):
+        print("    without {:.3f} ({:.3f}), verified {:.3f} ({:.3f})".format(*without, *verified))
+    row = {"shape": about, "threads": torch.get_num_threads(), "what": what, "seconds": f"{checked:.3f}"}
+    if not given.dry_run:
+        record.append("loading", [row | {"note": note}])
 
 
 if __name__ == "__main__":
