@@ -243,6 +243,8 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no sums": lambda m: next(iter(m["tensors"].values())).pop("xxh3"),
     "a fact beyond floats": lambda m: next(iter(m["matrices"].values())).update(loss=10**400),
     "coverage of nothing": lambda m: m["coverage"].update({"model.layers.0": 3}),
+    "coverage of no experts": lambda m: m["coverage"].update({"x": {"trained": [], "below_floor": []}}),
+    "coverage in words": lambda m: m["coverage"].update({"x": {"trained": ["many"], "below_floor": []}}),
     "a codec by path": lambda m: first_entry(m)["codec"].update(name="os.path"),
     "a codec of large numbers": lambda m: first_entry(m)["codec"].update(group=2**70),
     "a codec of no number": lambda m: first_entry(m)["codec"].update(group=float("nan")),

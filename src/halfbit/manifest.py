@@ -138,7 +138,8 @@ def _check(manifest: dict[str, Any]) -> None:
     for block, entry in manifest["blocks"].items():
         _check_block(block, entry, manifest["tensors"])
     for path, cover in manifest["coverage"].items():
-        if not isinstance(cover, dict) or not all(isinstance(cover.get(k), list) for k in ("trained", "below_floor")):
+        counts = [cover.get(k) for k in ("trained", "below_floor")] if isinstance(cover, dict) else [None]
+        if not counts[0] or not all(isinstance(c, list) and all(type(n) is int for n in c) for c in counts):
             raise FormatError(f"{path}: expected trained and below_floor, got {short(cover)}", tensor=path)
 
 
