@@ -143,7 +143,12 @@ def main() -> None:
     print(f"{about}: {what} {checked:.3f} s; {note}")
     for without, verified in zip(*times.values(), strict=True):
         print("    without {:.3f} ({:.3f}), verified {:.3f} ({:.3f})".format(*without, *verified))
-    row = {"shape": about, "threads": torch.get_num_threads(), "what": what, "seconds": f"{checked:.3f}"}
+    row: dict[str, object] = {
+        "shape": about,
+        "threads": torch.get_num_threads(),
+        "what": what,
+        "seconds": f"{checked:.3f}",
+    }
     if not given.dry_run:
         record.append("loading", [row | {"note": note}])
 
