@@ -24,7 +24,8 @@ from halfbit.errors import CheckpointError, FormatError, RecipeError, Unsupporte
 from halfbit.families import open_family
 from halfbit.machine import Rates, Room, measure
 from halfbit.parts import matrices, stored_bits
-from halfbit.plan import budgeted, plan
+from halfbit.plan import Plan, budgeted, plan
+from halfbit.plan_memory import Peak
 from halfbit.plan_time import Clock, Work
 from halfbit.reader import Reader
 
@@ -145,6 +146,11 @@ def test_bits_of_data_dependent_codes_are_those_of_the_codec() -> None:
 
 def test_what_does_not_fit_is_named_with_an_option_that_helps() -> None:
     source, qmoe = CONFIGS / "qwen3-30b-a3b.json", recipe.load("qmoe").calibrated(sequence_length=512)
+    gated = plan(source, qmoe, timed=False, free=PLENTY)
+    # beside the finished model, all that is not compressed in float32
+    tight = Room(int(gated.host_bytes * 0.9), 1 << 50, None)
+    assert (plan(source, qmoe, timed=False, free=tight).verdicts[0].advice or "").startswith("[gates] model = false")
+    qmoe = qmoe.gated(model=False)
     whole = plan(source, qmoe, timed=False, free=PLENTY)
     assert all(v.fits and v.advice is None for v in whole.verdicts)
     tight = Room(int(whole.host_bytes * 0.85), whole.after // 2, None)
@@ -170,7 +176,46 @@ def test_a_device_takes_the_work_and_the_host_the_activations() -> None:
     assert found.device_bytes > 1e9
     assert found.host_bytes + found.device_bytes == pytest.approx(on_cpu.host_bytes, rel=0.02)
     assert [v.limit for v in found.verdicts] == ["memory", "device memory", "disk"]
-    assert found.memory[-1].host["activations of the samples"] == 4 * 4096 * 128 * 512
+    # four of them held back for gates
+    assert of_phase(found, "solving").host["activations of the samples"] == 4 * 4096 * (128 + 4) * 512
+
+
+def of_phase(found: Plan, phase: str) -> Peak:
+    (peak,) = (p for p in found.memory if p.phase == phase)
+    return peak
+
+
+def test_gates_are_counted() -> None:
+    """Four samples of 512 tokens and a vocabulary of 151,936: 883 of these tokens are judged, in five tensors."""
+    source, qmoe = CONFIGS / "qwen3-30b-a3b.json", recipe.load("qmoe").calibrated(sequence_length=512)
+    found = plan(source, qmoe, timed=False, free=PLENTY)
+    assert of_phase(found, "gates").host["logits"] == 5 * 4 * 883 * 151936
+    without = plan(source, qmoe.gated(held_back=0), timed=False, free=PLENTY)
+    assert [peak.phase for peak in without.memory] == ["solving"]
+    more, less = (of_phase(f, "solving") for f in (found, without))
+    assert more.host["activations of the samples"] * 128 == less.host["activations of the samples"] * 132
+    assert "held-back samples, for gates" in more.host
+    # rounded to nearest nothing is calibrated, and nothing held back
+    assert [p.phase for p in plan(source, recipe.load("rtn-ternary"), timed=False, free=PLENTY).memory] == ["solving"]
+
+
+def test_time_of_gates_is_the_arithmetic_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense model: held-back samples go along, through the original block, and through the compressed one."""
+    rates = Rates(1e9, 1e9, (0.0, 0.0), 0.0, None, 0.0)
+    blueprint = Blueprint.of(CONFIGS / "llama-3-70b.json")
+    chosen = recipe.load("gptq-4-g128").calibrated(samples=2, sequence_length=1024).gated(held_back=3)
+    clock = Clock(rates, chosen.solving, "cpu")
+    monkeypatch.setattr(clock, "solver", lambda *_: (1.0, 0.25, 0.25))
+    work = Work(blueprint, chosen, matrices(blueprint, chosen), 2, clock)
+    d, inner, kv = 8192, 28672, 1024
+    each = 2 * d * d + 2 * d * kv + 3 * d * inner + 2 * 64 * 128 * 1024
+    assert work.solving().by["forward passes"] == pytest.approx(80 * 2 * (2 + 3) * 1024 * 2 * each / 1e9)
+    assert work.solving().by["gates"] == pytest.approx(80 * 2 * 3 * 1024 * 2 * each / 1e9)
+    last = work.judging()
+    assert last is not None
+    # of 1,046 tokens one sample is heard, and what was written after its beginning
+    heard, head = 1024 + 32 + 24, 2 * (1046 + 32 + 24) * d * 128256 / 1e9
+    assert last.by["the original"] == pytest.approx(80 * 2 * heard * (each) / 1e9 + head, rel=0.05)
 
 
 def test_budgets_are_those_of_compress() -> None:
@@ -190,7 +235,7 @@ def test_times_are_the_arithmetic_of_the_rates(monkeypatch: pytest.MonkeyPatch) 
     """A dense model rounded by GPTQ: products and Hessians of one block, counted by hand."""
     rates = Rates(1e9, 1e9, (0.0, 0.0), 0.0, None, 0.0)
     blueprint = Blueprint.of(CONFIGS / "llama-3-70b.json")
-    chosen = recipe.load("gptq-4-g128").calibrated(samples=2, sequence_length=1024)
+    chosen = recipe.load("gptq-4-g128").calibrated(samples=2, sequence_length=1024).gated(held_back=0)
     clock = Clock(rates, chosen.solving, "cpu")
     monkeypatch.setattr(clock, "solver", lambda *_: (1.0, 0.25, 0.25))
     spent = Work(blueprint, chosen, matrices(blueprint, chosen), 2, clock).solving()
@@ -212,7 +257,8 @@ def test_rates_are_positive_and_a_larger_sample_takes_longer() -> None:
     assert rates.read is not None
     assert rates.read > 1e6
     few, many = (
-        plan(TINY, recipe.load("qmoe").calibrated(samples=n, sequence_length=64), free=PLENTY) for n in (8, 128)
+        plan(TINY, recipe.load("qmoe").calibrated(samples=n, sequence_length=64).gated(held_back=0), free=PLENTY)
+        for n in (8, 128)
     )
     assert [spent.phase for spent in few.time] == ["starting", "solving"]
     assert many.time[-1].by["forward passes"] > 4 * few.time[-1].by["forward passes"]
@@ -223,7 +269,7 @@ def test_rates_are_positive_and_a_larger_sample_takes_longer() -> None:
 
 def test_options_are_measured_first() -> None:
     found = plan(TINY, recipe.load("halfbit"), timed=False, free=PLENTY)
-    assert [peak.phase for peak in found.memory] == ["measuring options", "solving"]
+    assert [peak.phase for peak in found.memory] == ["measuring options", "solving", "gates"]
     assert "measured curves, until the end" in found.disk
     assert prod(n > 0 for peak in found.memory for n in peak.host.values())
 

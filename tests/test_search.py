@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -48,9 +49,10 @@ class Fake:
         monkeypatch.setattr(search, "_loss", self.loss)
 
     def compress(
-        self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path, offload: None
+        self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path, **others: Any
     ) -> Iterator[Event]:
         assert curves.name == "curves.json"
+        assert others == {"offload": None, "accept": ()}
         assert not (folder / "config.json").exists()
         folder.mkdir(parents=True)
         self.tried.append(how.rules[0].bits)

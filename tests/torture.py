@@ -61,6 +61,8 @@ experts_per_batch = 3
 [tuning]
 steps = 0
 held_back = 0.2
+[gates]
+model = false
 """
 TUNING = ("steps = 0", "steps = 6")
 ENDED, REFUSED = 0, 3

@@ -94,6 +94,7 @@ class Routed:
         keep: bool `[rows]`, the rows that may enter a Hessian.
         places: int64 `[rows]`, where each row stands among all rows that the module was called with.
         called: how many rows the module was called with.
+        held: bool `[rows]`, the rows that are held back for gates.
     """
 
     hidden: Tensor
@@ -103,18 +104,19 @@ class Routed:
     keep: Tensor
     places: Tensor
     called: int
+    held: Tensor
 
     def __init__(self, num_experts: int, capacity: int, *, every: bool = False, offload: Path | None = None):
         self.num_experts, self._every, self._offload = num_experts, every, offload
         self._capacity, self._filled = capacity, 0
         self._buffer: Tensor | None = None
-        self._routing: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._routing: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         # per call: where its rows begin in the buffer, which rows of the call they are, how many rows it had
         self._calls: list[tuple[int, Tensor, int]] = []
 
-    def add(self, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> None:
+    def add(self, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor, *, held: bool = False) -> None:
         """One call of the module; `keep` `[tokens]` repeats over `hidden`'s rows where a module is given every token
-        once per expert (Llama 4)."""
+        once per expert (Llama 4). `held`: all of them are held back."""
         taken = ((index >= 0) & (index < self.num_experts)).any(dim=1)
         rows = (taken | self._every).nonzero().squeeze(1)
         start, self._filled = self._filled, self._filled + len(rows)
@@ -125,14 +127,15 @@ class Routed:
             more[:start] = self._buffer[:start]
             self._buffer = more
         self._buffer[start : self._filled] = hidden[rows]
-        self._routing.append((index[rows].cpu(), weights[rows].cpu(), keep[rows.cpu() % keep.shape[0]]))
+        back = torch.full((len(rows),), held)
+        self._routing.append((index[rows].cpu(), weights[rows].cpu(), keep[rows.cpu() % keep.shape[0]], back))
         self._calls.append((start, rows.cpu(), hidden.shape[0]))
 
     def close(self) -> "Routed":
         """No more calls: the attributes are there."""
         assert self._buffer is not None
         self.hidden = self._buffer[: self._filled]
-        self.index, self.weights, self.keep = (torch.cat(parts) for parts in zip(*self._routing, strict=True))
+        self.index, self.weights, self.keep, self.held = map(torch.cat, zip(*self._routing, strict=True))
         self.outputs = room(len(self.hidden), self.hidden.shape[1], self.hidden.dtype, self._offload).zero_()
         totals = torch.tensor([0] + [total for _, _, total in self._calls]).cumsum(0)
         self.called = int(totals[-1])

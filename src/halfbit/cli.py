@@ -1,7 +1,7 @@
 """The command line: compress, plan, import, eval, generate, inspect, verify. It parses, calls the library and shows.
 
 Results go to stdout (as tables, or as JSON with --json), progress and messages to stderr. Exit codes: 0 done, 1 verify
-found damage, 2 the input is at fault.
+found damage, 2 the input is at fault, 3 a gate stopped the run.
 """
 
 import json
@@ -24,12 +24,13 @@ from transformers.utils.logging import disable_progress_bar
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
-from halfbit.errors import CalibrationError, HalfbitError, RecipeError, UnknownName, Unsupported
+from halfbit.errors import CalibrationError, GateError, HalfbitError, RecipeError, UnknownName, Unsupported
 from halfbit.evaluate import evaluate, load
-from halfbit.events import Began, BlockBegan, Event, Finished, Imported, Noticed, Probed, Solved, Spent, Tuned
+from halfbit.events import Began, BlockBegan, Event, Finished, Gated, Imported, Noticed, Probed, Solved, Spent, Tuned
 from halfbit.folder import Problem
 from halfbit.folder import inspect as inspect_folder
 from halfbit.folder import verify as verify_folder
+from halfbit.gates import LEAST
 from halfbit.importers import import_checkpoint
 from halfbit.plan import Plan, budgeted
 from halfbit.plan import plan as make_plan
@@ -68,7 +69,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             err.print(
                 f"halfbit: {type(e).__name__}: {e}", style="bold red", markup=False, highlight=False, soft_wrap=True
             )
-            raise typer.Exit(2) from None
+            raise typer.Exit(3 if isinstance(e, GateError) else 2) from None
         except KeyboardInterrupt:
             err.print(
                 "halfbit: interrupted; the same command continues where it was",
@@ -147,13 +148,22 @@ def compress(
             metavar="DIR", help="Keep the samples' activations in files there. [in memory]", show_default=False
         ),
     ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Go on where a gate failed: the gate, or the expert, layer or block that it named, or all. May be "
+            "given several times.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL into the folder OUT, which transformers then loads and runs compressed.
 
     Blocks are solved one after another; memory follows one block and one group of experts. Stopped with Ctrl-C or
-    killed, the same command continues.
+    killed, the same command continues. Gates look at every block and at the finished model on text that was held back;
+    a failed one stops the run with exit code 3 and keeps the work.
 
     Example:
     halfbit compress examples/tiny-moe out --calibration examples/tiny-moe/calibration.txt --sequence-length 256
@@ -178,7 +188,7 @@ def compress(
         chosen = chosen.budgeted("tau", tau)
     steps = {"steps": tune, "group_steps": tune_groups}
     chosen = chosen.tuned(**{k: v for k, v in steps.items() if v is not None})
-    how: Any = {"device": _device(device), "restart": restart, "offload": offload}
+    how: Any = {"device": _device(device), "restart": restart, "offload": offload, "accept": accept or ()}
     if max_loss is not None:
         show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, **how))
     else:
@@ -353,6 +363,8 @@ def show_progress(events: Any) -> None:
                     progress.update(task, total=steps, completed=step, description=f"tuning, {loss:.4f} nats")
                 case Noticed(message=message):
                     progress.console.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+                case Gated(unit=unit, failed=failed) if failed:
+                    progress.console.print(f"{unit}: {failed} gates failed", style="bold red", markup=False)
                 case Spent(seconds=seconds, parts=parts):
                     shares = sorted(((s, name) for name, s in parts.items() if s > 0.01 * seconds), reverse=True)
                     spent = ", ".join(f"{name} {s / seconds:.0%}" for s, name in shares)
@@ -461,6 +473,8 @@ def inspect(
         _show_report(report)
         if report["allocation"] is not None:
             _show_allocation(report["allocation"])
+        if report["gates"]["worst"]:
+            _show_gates(report["gates"]["worst"])
         _show_layers(report)
 
 
@@ -487,6 +501,13 @@ def _show_report(report: dict[str, Any]) -> None:
             f"whole model: {report['bits_per_weight']:.4f}"
         )
     out.print(f"all files: {report['total_bytes']:,} bytes; {told}", soft_wrap=True)
+    if (gates := report["gates"])["checks"]:
+        failed = [
+            f"{row['gate']} at {row['where']}{' (accepted)' if row.get('accepted') else ''}" for row in gates["failed"]
+        ]
+        result = f"failed: {', '.join(failed)}" if failed else "all passed"
+        told = f"{gates['checks']} checks by gates, {result}"
+        out.print(told, markup=False, highlight=False, soft_wrap=True)
     if not report["complete"]:
         out.print("the run that writes this folder has not finished; the same compress command continues it")
 
@@ -501,6 +522,17 @@ def _show_allocation(allocation: dict[str, Any]) -> None:
         bits, formats = row["bits"], ", ".join(f"{n} {kind}" for kind, n in sorted(row["formats"].items()))
         spread = f"{sum(bits) / len(bits):.3f}, {min(bits):.2f} to {max(bits):.2f}"
         table.add_row(name.removeprefix(f"{prefix}."), spread, f"{row['share']:.1%}", formats)
+    out.print(table)
+
+
+def _show_gates(worst: dict[str, dict[str, Any]]) -> None:
+    columns = (Column("gate", no_wrap=True), "worst", "original", "limit", "at")
+    table = Table(*columns, title="gates: what came nearest to failing")
+    for gate, row in worst.items():
+        value = "not finite" if row["value"] is None else f"{row['value']:.4g}"
+        original = f"{row['original']:.4g}" if "original" in row else ""
+        limit = f"{'at least' if gate in LEAST else 'within' if original else 'at most'} {row['limit']:g}"
+        table.add_row(gate, value, original, limit, row["where"])
     out.print(table)
 
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,13 +41,15 @@ from halfbit.experts import ExpertStack
 from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow, Seen
+from halfbit.gates import MODEL, Gatekeeper, Reference
 from halfbit.journal import FLOW
 from halfbit.layout import Entry, stored_name
 from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
 from halfbit.linears import find_linears
+from halfbit.model_gate import judge_model
 from halfbit.pipeline import Profile
 from halfbit.reader import Reader
-from halfbit.recipe import Recipe, Rule, Tuning
+from halfbit.recipe import Gates, Recipe, Rule, Tuning
 from halfbit.samples import (
     Sample,
     fingerprint,
@@ -71,6 +73,8 @@ from halfbit.writer import ALLOCATION, Writer, delete_run
 
 # inside the folder, until the tuned model is there
 UNTUNED = ".untuned"
+# of the calibration samples one in so many is held back for gates, where the text has no more
+SHARE_HELD = 8
 
 
 def compress(
@@ -84,6 +88,7 @@ def compress(
     curves: str | Path | None = None,
     restart: bool = False,
     offload: str | Path | None = None,
+    accept: Collection[str] = (),
 ) -> Iterator[Event]:
     """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
@@ -95,29 +100,55 @@ def compress(
         curves: file of what was measured for rules with options, to be shared by several runs; None: of this run alone.
         restart: a run that `folder` holds, whatever it is of, is deleted first.
         offload: folder for the samples' activations, in files without a name, where they would not fit into memory.
+        accept: failed gates that do not stop the run, see `Gatekeeper`.
 
     Yields:
         events, the last of them `Finished`.
+
+    Raises:
+        GateError: something went wrong without a word, most likely. What was done is kept.
     """
     if restart:
         delete_run(Path(folder))
-    how: Any = {"device": device, "revision": revision, "curves": curves}
+    how: Any = {"device": device, "revision": revision, "curves": curves, "accept": accept}
     how["offload"] = None if offload is None else Path(offload)
     if recipe.tuning.steps == 0:
-        yield from _compress(source, folder, recipe, calibration, **how)
+        writer, solved_on, held = yield from _compress(source, folder, recipe, calibration, **how)
+        yield from _finish(writer, Reader(source, revision), recipe, solved_on, held, device, accept)
         return
     reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
     family = open_family(reader)
     recipe = with_length(recipe, family)
     # tuning wants all of the text
     documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
-    held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
+    watched = held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
     writer = _writer(folder, reader, recipe, documents, samples, device)
     if not writer.complete:
-        steps = _compress(source, untuned, recipe, calibration, **how)
-        yield from (event for event in steps if not isinstance(event, Finished))
+        yield from _compress(source, untuned, recipe, calibration, **how)
         yield from tune(reader, untuned, writer, samples, recipe.tuning, device=device)
     shutil.rmtree(untuned, ignore_errors=True)
+    yield from _finish(writer, reader, recipe, samples[:-watched], samples[-watched:], device, accept)
+
+
+def _finish(
+    writer: Writer,
+    reader: Reader,
+    recipe: Recipe,
+    text: list[Sample],
+    held: list[Sample],
+    device: str,
+    accept: Collection[str],
+) -> Iterator[Event]:
+    """Gates look at the finished folder, unless they did before; see `judge_model`."""
+    keeper = Gatekeeper(recipe.gates, writer, accept)
+    keeper.open()
+    if recipe.gates.model and MODEL not in writer.manifest["gates"]:
+        if held:
+            dtype = _compute_dtype(reader, device)
+            checks = judge_model(reader, writer.folder, text, held, recipe.gates, device, dtype)
+            yield from keeper.judge(MODEL, checks)
+        else:
+            yield Noticed("no text is held back, so that no gate looks at the finished model")
     yield Finished(writer.folder)
 
 
@@ -131,8 +162,13 @@ def _compress(
     revision: str | None,
     curves: str | Path | None,
     offload: Path | None,
-) -> Iterator[Event]:
-    """As `compress`, without tuning."""
+    accept: Collection[str],
+) -> Generator[Event, None, tuple[Writer, list[Sample], list[Sample]]]:
+    """As `compress`, without tuning, gates on the finished model and `Finished`.
+
+    Returns:
+        the writer, the samples that were solved on, and those that were held back.
+    """
     reader = Reader(source, revision)
     family = open_family(reader)
     claims, dtype = family.claims(), _compute_dtype(reader, device)
@@ -154,19 +190,22 @@ def _compress(
         recipe = with_length(recipe, family)
         documents, samples = calibration_samples(reader, family, recipe, calibration)
     writer = _writer(folder, reader, recipe, documents, samples, device)
+    solved_on, held = ([s for s in samples if s.held == back] for back in (False, True))
+    keeper = Gatekeeper(recipe.gates, writer, accept)
+    keeper.open()
     if writer.complete:
-        yield Finished(writer.folder)
-        return
+        return writer, solved_on, held
+    yield from keeper.text(samples)
     rules: dict[str, tuple[list[Rule], list[Rule]] | None] = {}
     measured = writer.folder / CURVES if curves is None else Path(curves)
 
     def identify() -> str:
         """Of what is measured, whatever bits are asked for, tuned or not."""
-        anyhow = replace(recipe, name="", tuning=Tuning())
+        anyhow = replace(recipe, name="", tuning=Tuning(), gates=Gates())
         anyhow = replace(anyhow, rules=tuple(replace(r, bits=1.0) if r.options else r for r in recipe.rules))
-        return _digest(_made_of(reader, anyhow, [], samples, device))
+        return _digest(_made_of(reader, anyhow, [], solved_on, device))
 
-    for event in settle(family, recipe, pairs, linears, samples, writer, device, dtype, offload, measured, identify):
+    for event in settle(family, recipe, pairs, linears, solved_on, writer, device, dtype, offload, measured, identify):
         if isinstance(event, Settled):
             rules, linears = event.experts, event.linears
         else:
@@ -201,7 +240,7 @@ def _compress(
         family.load_outer(device, dtype)
     outside = {path: pair for path, pair in linears.items() if family.block_of(path) is None}
     embeddings = {path: pair for path, pair in outside.items() if pair[0].kind == "embedding"}
-    yield from _outside("embedding", embeddings, None, family, recipe, writer, device)
+    yield from _outside("embedding", embeddings, None, family, recipe, writer, keeper, device)
     for part in family.stacks():
         flow = Flow(part, samples, encoded, device, offload) if samples else None
         original = Flow(part, samples, encoded_there, device, offload) if samples and followed else None
@@ -225,13 +264,22 @@ def _compress(
                 writer.journal.open(block)
             yield BlockBegan(block, number, resumed=done)
             module = family.load_block(block, device, dtype) if flow else None
-            with profile("following the original"):
-                theirs = _follow(original, family, block, module, recipe, device) if original and module else {}
             pending = {path: pair for path, pair in linears.items() if family.block_of(path) == block}
             if done and stored is not None:
                 put_back(family, pending, writer, stored)
             pending = {} if done else pending
             stacks = family.experts_of(block)
+            packed = [stack for stack in stacks if not done and rules[stack.path]]
+            judged = [linear for linear, _ in pending.values()]
+            reference = Reference.of(flow) if flow is not None and (packed or judged) else None
+            theirs: dict[str, Tensor] = {}
+            # the original's experts can answer to what is held back while they are solved, which saves reading them
+            # once more; but not where layers before them are compressed
+            late = None if reference is None or original or judged else reference.flow
+            if module is not None:
+                early = None if reference is None or late is not None else reference.flow
+                with profile("following the original"):
+                    theirs = _follow(original, early, family, block, module, recipe, device)
             for number_of_stack, stack in enumerate(stacks):
                 doors = stacks[number_of_stack:]
                 with profile("linear layers"):
@@ -239,17 +287,22 @@ def _compress(
                 pair = rules[stack.path]
                 with profile("running blocks"):
                     routed = flow.capture(block, module, stack) if flow and module is not None else None
+                    unseen = late.capture(block, module, stack) if late and module is not None else None
                 if pair and not done:
                     given = theirs.pop(stack.path, None)
-                    yield from solve_module(family, stack, pair, recipe, routed, given, writer, device, profile)
+                    yield from solve_module(family, stack, pair, recipe, routed, given, unseen, writer, device, profile)
                     del given
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
                     with profile("running experts"):
-                        run_through(family, stack, routed, recipe.solving.experts_per_batch, device, back)
+                        both = [r for r in (routed, unseen) if r is not None]
+                        run_through(family, stack, both, recipe.solving.experts_per_batch, device, back)
+                        del both
                 if flow and routed is not None:
                     flow.give(stack, routed)
-                del routed  # or it would live through the next block
+                if late and unseen is not None:
+                    late.give(stack, unseen)
+                del routed, unseen  # or they would live through the next block
             with profile("linear layers"):
                 yield from solve_reached(family, pending, flow, block, module, (), recipe, writer, device)
             for path in pending:
@@ -259,8 +312,17 @@ def _compress(
                 for name in claims.tensors_of(block):
                     if name not in compressed or name in kept:
                         writer.put(name, reader.tensor(name))
+                ran = [linear for linear in judged if linear.path not in pending]
+                added = None
+                if reference is not None and flow is not None and module is not None:
+                    with profile("gates"):
+                        if late:
+                            late.advance(block, module)
+                        added = reference.added(flow.after(block, module))
+                keeper.unit(block, packed, ran, added)
                 with profile("writing"):
                     writer.commit(block, f"model-block-{number:05d}.safetensors")
+                yield from keeper.settle(block)
             if flow and module is not None:
                 if block != blocks[-1] or len(outside) > len(embeddings):
                     with profile("running blocks"):
@@ -278,7 +340,7 @@ def _compress(
             yield BlockDone(block, number)
         if part is family.stacks()[-1]:
             heads = {path: pair for path, pair in outside.items() if path not in embeddings}
-            yield from _outside("head", heads, flow, family, recipe, writer, device)
+            yield from _outside("head", heads, flow, family, recipe, writer, keeper, device)
         if part is not family.stacks()[-1]:
             encoded, encoded_there = (
                 None if f is None else f.activations if passed else f.end() for f in (flow, original)
@@ -292,7 +354,7 @@ def _compress(
     writer.finish(folder_config(reader, writer, tied), auxiliary, recipe.to_toml())
     (writer.folder / CURVES).unlink(missing_ok=True)
     yield Spent(time.monotonic() - began, profile.seconds)
-    yield Finished(writer.folder)
+    return writer, solved_on, held
 
 
 def _kept(writer: Writer, blocks: list[str]) -> tuple[int, dict[str, Tensor]]:
@@ -308,7 +370,14 @@ def _rows(of: Flow | Activations) -> Tensor:
 
 
 def _outside(
-    name: str, chosen: Chosen, flow: Flow | None, family: Family, recipe: Recipe, writer: Writer, device: str
+    name: str,
+    chosen: Chosen,
+    flow: Flow | None,
+    family: Family,
+    recipe: Recipe,
+    writer: Writer,
+    keeper: Gatekeeper,
+    device: str,
 ) -> Iterator[Event]:
     """Solve and commit the embedding or the output head; a head without a flow is rounded to nearest."""
     unit = f"outer {name}"
@@ -320,24 +389,37 @@ def _outside(
         seen = flow.observe_head(path, family.model.get_submodule(path)) if flow and solved else Seen([path], None)
         yield from solve_group(family, seen, chosen, recipe, writer, device)
     if chosen:
+        keeper.unit(unit, (), [linear for linear, _ in chosen.values()])
         writer.commit(unit, f"model-outer-{name}.safetensors")
+        yield from keeper.settle(unit)
 
 
 def _follow(
-    original: Flow, family: Family, block: str, module: nn.Module, recipe: Recipe, device: str
+    original: Flow | None,
+    early: Flow | None,
+    family: Family,
+    block: str,
+    module: nn.Module,
+    recipe: Recipe,
+    device: str,
 ) -> dict[str, Tensor]:
-    """The original model's samples through a block of which nothing is compressed yet.
+    """The original model's samples, and those held back from the compressed one (`early`), through a block of which
+    nothing is compressed yet.
 
     Returns:
-        what each experts module is given, `[rows, width]` on the CPU, also rows that no expert takes.
+        what the original gives to each experts module, `[rows, width]` on the CPU, also rows that no expert takes.
     """
+    flows = [flow for flow in (original, early) if flow is not None]
     given = {}
-    for stack in family.experts_of(block):
-        routed = original.capture(block, module, stack, every=True)
-        given[stack.path] = routed.hidden
+    for stack in family.experts_of(block) if flows else ():
+        routed = [flow.capture(block, module, stack, every=flow is original) for flow in flows]
+        if original is not None:
+            given[stack.path] = routed[0].hidden
         run_through(family, stack, routed, recipe.solving.experts_per_batch, device)
-        original.give(stack, routed)
-    original.advance(block, module)
+        for flow, of_flow in zip(flows, routed, strict=True):
+            flow.give(stack, of_flow)
+    for flow in flows:
+        flow.advance(block, module)
     return given
 
 
@@ -396,16 +478,21 @@ def calibration_samples(
         )
     c = recipe.calibration
     # a token is hardly ever longer than 16 characters; a draw of windows wants the whole text
-    some = c.seed < 0 and not every
-    documents = read_text(source, c.samples * c.sequence_length * 16 if some else None)
+    some, extra = c.seed < 0 and not every, recipe.gates.held_back
+    documents = read_text(source, (c.samples + extra) * c.sequence_length * 16 if some else None)
     tokenizer = load_tokenizer(reader.source, reader.revision)
     tokens = tokenize(tokenizer, documents)
-    count = max(1, len(tokens) // c.sequence_length) if every else c.samples
+    have = len(tokens) // c.sequence_length
+    count = max(1, have) if every else max(c.samples, min(c.samples + extra, have))
     rows = windows(tokens, count, c.sequence_length, c.seed, origin=source)
     found = samples_of(rows, tokenizer, family.config, seed=c.seed, corruption=c.corruption, origin=source)
-    if not every:
-        found = with_noise(found, c.noise, family.config.get_text_config().vocab_size, max(c.seed, 0))
-    return documents, found if c.mask_special else [s.unmasked() for s in found]
+    found = found if c.mask_special else [s.unmasked() for s in found]
+    if every:
+        return documents, found
+    # of a text that has no more samples than are asked for, some of those
+    held = extra if extra <= count - c.samples else min(extra, max(count - c.samples, count // SHARE_HELD))
+    solved = with_noise(found[: count - held], c.noise, family.config.get_text_config().vocab_size, max(c.seed, 0))
+    return documents, [*solved, *(s.held_back() for s in found[count - held :])]
 
 
 def _compute_dtype(reader: Reader, device: str) -> torch.dtype:

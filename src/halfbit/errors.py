@@ -73,5 +73,19 @@ class CalibrationError(HalfbitError):
     """The calibration or evaluation text cannot give what was asked of it."""
 
 
+class GateError(HalfbitError):
+    """Something went wrong without a word, most likely: a gate of the recipe did not let a result pass.
+
+    Attributes:
+        gate: its name in the manifest.
+        where: the expert, layer, block or model.
+        value, limit: what was measured, and the worst that passes; value is None for what is no finite number.
+    """
+
+    def __init__(self, message: str, *, gate: str, where: str, value: float | None, limit: float):
+        super().__init__(message)
+        self.gate, self.where, self.value, self.limit = gate, where, value, limit
+
+
 class OutputError(HalfbitError):
     """The output folder cannot be written: it holds another model, or the disk is full."""

@@ -121,14 +121,14 @@ def measure(
     """Figures of `model` (and of `original` on the same samples) as the module's docstring defines them."""
     sums = {"loss": 0.0, "original": 0.0, "kl": 0.0, "same": 0.0}
     count, seconds = 0, 0.0
-    for group in _equal_shapes(samples, batch):
+    for group in equal_shapes(samples, batch):
         begin = time.perf_counter()
-        logits, labels = _logits(model, group, device)
+        logits, labels = answers(model, group, device)
         seconds += time.perf_counter() - begin
         sums["loss"] += F.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
         if original is not None:
-            reference, _ = _logits(original, group, device)
+            reference, _ = answers(original, group, device)
             sums["original"] += F.cross_entropy(reference, labels, reduction="sum").item()
             p, q = reference.log_softmax(-1), logits.log_softmax(-1)
             sums["kl"] += F.kl_div(q, p, log_target=True, reduction="sum").item()
@@ -155,7 +155,7 @@ def measure(
     )
 
 
-def _equal_shapes(samples: list[Sample], batch: int) -> list[list[Sample]]:
+def equal_shapes(samples: list[Sample], batch: int) -> list[list[Sample]]:
     """Neighbours whose tensors can be stacked."""
     groups: list[list[Sample]] = []
     for sample in samples:
@@ -171,7 +171,7 @@ def _shape(sample: Sample) -> tuple[int, int]:
     return len(sample.ids), 0 if sample.decoder_ids is None else len(sample.decoder_ids)
 
 
-def _logits(model: Any, group: list[Sample], device: str) -> tuple[Tensor, Tensor]:
+def answers(model: Any, group: list[Sample], device: str) -> tuple[Tensor, Tensor]:
     """float32 logits `[tokens, vocabulary]` and what they should say, int64 `[tokens]`."""
     ids = torch.stack([s.ids for s in group]).to(device)
     if group[0].decoder_ids is None:

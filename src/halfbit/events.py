@@ -65,6 +65,15 @@ class Noticed:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """Gates looked at a unit: the calibration text, a block, or the finished model; of so many checks some `failed`."""
+
+    unit: str
+    checks: int
+    failed: int
+
+
+@dataclass(frozen=True)
 class BlockDone:
     block: str
     number: int
@@ -84,4 +93,4 @@ class Finished:
     folder: Path
 
 
-Event = Began | Probed | BlockBegan | Solved | Imported | Tuned | Noticed | BlockDone | Spent | Finished
+Event = Began | Probed | BlockBegan | Solved | Imported | Tuned | Noticed | Gated | BlockDone | Spent | Finished

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbit.activations import Routed
 from halfbit.errors import CoverageError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
+from halfbit.flow import Flow
+from halfbit.outputs import Judged, rows_of, unlike
 from halfbit.recipe import Coverage, Recipe, Rule
 from halfbit.solve.drift import towards
 from halfbit.solve.hessian import Hessian, shrink
@@ -105,20 +107,36 @@ class Group:
                 routed.outputs.index_add_(0, chunk, y.to(routed.outputs))
 
 
+def through(flow: Flow, family: Family, block: str, module: nn.Module, size: int, device: str) -> None:
+    """All samples of the flow through a block with the original's experts, `size` of them on the device at a time."""
+    for stack in family.experts_of(block):
+        routed = flow.capture(block, module, stack)
+        run_through(family, stack, [routed], size, device)
+        flow.give(stack, routed)
+    flow.advance(block, module)
+
+
 def batches(stack: ExpertStack, size: int) -> list[range]:
     """The experts of a module, at most `size` at a time."""
     return [range(i, min(i + size, stack.num_experts)) for i in range(0, stack.num_experts, size)]
 
 
 def run_through(
-    family: Family, stack: ExpertStack, routed: Routed, size: int, device: str, stored: list[Packed] | None = None
+    family: Family,
+    stack: ExpertStack,
+    given: Sequence[Routed],
+    size: int,
+    device: str,
+    stored: list[Packed] | None = None,
 ) -> None:
-    """The outputs of experts that are not to be solved: as they were, or as `stored`, the two tall matrices, says."""
+    """The outputs of experts that are not to be solved, read once for all that are `given` to them: as they were, or
+    as `stored`, the two tall matrices, says."""
     for experts in batches(stack, size):
         group = Group.read(family, stack, experts, device)
         if stored is not None:
             group = group.decoded(*([w.codec.part(w, e, stack.num_experts) for e in experts] for w in stored))
-        group.run(routed)
+        for routed in given:
+            group.run(routed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +162,38 @@ class SolvedGroup:
         return self.training.tokens if self.training else [0] * len(self.up)
 
 
+def differing(solved: SolvedGroup, decoded: Group) -> list[int]:
+    """By expert, how many weights decode to something else than was solved."""
+    pairs = zip(solved.up, decoded.up, solved.down, decoded.down, strict=True)
+    return [unlike(up, w_up) + unlike(down, w_down) for up, w_up, down, w_down in pairs]
+
+
+def judge(group: Group, decoded: Group, routed: Routed | None, wrong: list[int]) -> dict[str, Judged]:
+    """The experts of a group by name: what the `decoded` ones answer to held-back tokens, against the originals.
+
+    `wrong` is what `differing` found.
+    """
+    found = {}
+    for i, expert in enumerate(group.experts):
+        rows, own = (None, 0) if routed is None else rows_of(expert, routed)
+        if routed is None or rows is None or not len(rows):
+            # each matrix counts as much as the other
+            sizes = [w.norm().clamp(min=1e-30) for w in (group.up[i], group.down[i])]
+            y, z = (
+                torch.cat([(w / size).flatten() for w, size in zip((g.up[i], g.down[i]), sizes, strict=True)])
+                for g in (group, decoded)
+            )
+            found[group.names[i]] = Judged.of(y, z, None, wrong[i])
+        else:
+            x = routed.hidden[rows].to(group.up)
+            found[group.names[i]] = Judged.of(group.output(i, x), decoded.output(i, x), own, wrong[i])
+    return found
+
+
 def max_tokens(coverage: Coverage, routed: Routed) -> int:
     """Cap of training tokens per expert (QMoE: four times the mean)."""
-    return max(1, int(coverage.max_tokens * routed.index.numel() / routed.num_experts))
+    training = int((~routed.held).sum()) * routed.index.shape[1]
+    return max(1, int(coverage.max_tokens * training / routed.num_experts))
 
 
 def solve(

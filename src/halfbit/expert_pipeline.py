@@ -15,7 +15,7 @@ from halfbit import heap
 from halfbit.activations import Routed
 from halfbit.errors import Unsupported
 from halfbit.events import Event, Noticed, Solved
-from halfbit.expert_groups import Group, SolvedGroup, batches, max_tokens, solve
+from halfbit.expert_groups import Group, SolvedGroup, batches, differing, judge, max_tokens, solve
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.nn import stored_names
@@ -47,11 +47,12 @@ def solve_module(
     recipe: Recipe,
     routed: Routed | None,
     theirs: Tensor | None,
+    unseen: Routed | None,
     writer: Writer,
     device: str,
     profile: Profile,
 ) -> Iterator[Event]:
-    """Solve and write the experts of one module; their outputs go to `routed`.
+    """Solve and write the experts of one module; their outputs go to `routed`, those of the original to `unseen`.
 
     Args:
         rules: of the input and the output projection, one per expert.
@@ -86,6 +87,9 @@ def solve_module(
     with closing(ahead(decide(), profile, "waiting for the solver")) as decided:
         for one in decided:
             group_packed, facts = one.kept or _finish(one, recipe, routed, theirs, writer, profile)
+            with profile("gates"):
+                if unseen is not None:
+                    one.group.run(unseen)
             yield from map(Noticed, facts["notices"])
             tokens += facts["tokens"]
             gains += [] if facts["gain"] is None else [Gain(**facts["gain"])]
@@ -96,10 +100,14 @@ def solve_module(
                     fact = {"loss": loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
                     writer.record("matrices", f"{name}.{of_role}", fact)
                     yield Solved(f"{name}.{of_role}", loss, encoded.bits_per_weight, n)
-            if routed is not None:
-                with profile("running experts"):
-                    one.group.decoded(*group_packed).run(routed)
-            del one
+            with profile("running experts"):
+                decoded = one.group.decoded(*group_packed)
+                if routed is not None:
+                    decoded.run(routed)
+            with profile("gates"):
+                for name, judged in judge(one.group, decoded, routed, facts["wrong"]).items():
+                    writer.record("outputs", name, judged.as_dict())
+            del one, decoded
             heap.trim()
     put_experts(stack, packed, writer)
     if gains:
@@ -116,6 +124,8 @@ def _finish(
     assert solved is not None
     with profile("encoding"):
         packed = _encoded(one.rules, solved)
+    with profile("gates"):
+        wrong = differing(solved, one.group.decoded(*packed))
     if recipe.tuning.group_steps and routed is not None and solved.training is not None:
         with profile("tuning groups"):
             packed, gain = tune_group(one.group, solved, packed, routed, theirs, recipe.tuning)
@@ -124,6 +134,7 @@ def _finish(
         "tokens": solved.tokens,
         "losses": [[s.loss for s in solutions] for solutions in (solved.up, solved.down)],
         "gain": None if gain is None else asdict(gain),
+        "wrong": wrong,
     }
     with profile("writing"):
         keep_experts(writer.journal, one.key, packed, facts)
@@ -141,7 +152,7 @@ def _encoded(rules: Rules, solved: SolvedGroup) -> Roles:
 def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:
     """The coverage table of one experts module."""
     return {
-        "routed": [len(routed.tokens_of(e)[0]) for e in range(routed.num_experts)],
+        "routed": [int((~routed.held[routed.tokens_of(e)[0]]).sum()) for e in range(routed.num_experts)],
         "trained": tokens,
         "cap": max_tokens(recipe.coverage, routed),
         "floor": recipe.coverage.floor,

@@ -25,6 +25,8 @@ from halfbit.solve.hessian import Hessian
 
 # tokens that go through a block at a time
 BLOCK_TOKENS = 4096
+# rows of held-back samples that are kept of a linear layer's input
+MOST_HELD = 1024
 
 
 class _Door(Exception):
@@ -35,11 +37,13 @@ class _Door(Exception):
 class Seen:
     """Linear layers that are given the same tensor, in the order in which they run, and its Hessian (one "expert").
 
-    Without calibration there is none.
+    Without calibration there is none. `held` is what they are given by samples that are held back, some rows
+    (`MOST_HELD` at most) of each batch, on the device.
     """
 
     paths: list[str]
     hessian: Hessian | None
+    held: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -50,10 +54,11 @@ class _Watch:
     given: list[tuple[Tensor, Seen]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     keep: Tensor | None = None
+    held: bool = False
 
-    def begin(self, keep: Tensor) -> None:
-        """The next batch, of which `keep` may train."""
-        self.keep, self.given = keep, []
+    def begin(self, keep: Tensor, held: bool) -> None:
+        """The next batch, of which `keep` may train, or which is held back."""
+        self.keep, self.held, self.given = keep, held, []
         self.calls.clear()
 
     def end(self) -> None:
@@ -79,6 +84,11 @@ class _Watch:
             known = seen
         if path == known.paths[0]:
             rows = x.reshape(-1, x.shape[-1])
+            if self.held:
+                room = MOST_HELD - sum(map(len, known.held))
+                known.held.append(rows[:: -(-len(rows) // room)] if room > 0 else rows[:0])
+                self.given.append((x, known))
+                return
             # what is not one row per token, such as an encoder's states in a decoder, is taken whole
             keep = self.keep
             assert known.hessian is not None
@@ -103,6 +113,11 @@ class _answering:
     def __exit__(self, *_: object) -> None:
         for submodule, _function in self._pairs:
             del submodule.forward  # uncovers the class's own
+
+
+def _cut(batch: range, at: int) -> list[range]:
+    """The batch in two where the sample number `at` begins another."""
+    return [batch] if not batch.start < at < batch.stop else [range(batch.start, at), range(at, batch.stop)]
 
 
 class Flow:
@@ -134,6 +149,9 @@ class Flow:
         self._batches = tokens.batches(BLOCK_TOKENS)
         if encoded is not None:  # samples of one batch must listen to equally long encoder states
             self._batches = [part for batch in self._batches for part in encoded.equal_runs(batch)]
+        # what is held back comes last, in batches of its own
+        self._held_from = next((i for i, s in enumerate(samples) if s.held), len(samples))
+        self._batches = [part for batch in self._batches for part in _cut(batch, self._held_from)]
         self._contexts: list[Context] = []
         self._replays: dict[str, tuple[ExpertStack, Routed]] = {}
         self._activations: Activations | None = None
@@ -156,6 +174,23 @@ class Flow:
         other, now = copy(self), self.activations
         other._activations = Activations(now.buffer.clone(), now.starts, now.keep)
         other._replays = dict(self._replays)
+        return other
+
+    @property
+    def held_rows(self) -> Tensor | None:
+        """A copy of the rows of the samples that are held back, `[rows, width]`; None where there are none."""
+        first = self.activations.starts[self._held_from]
+        return self.activations.buffer[first:].clone() if self._held_from < len(self.activations) else None
+
+    def held_back(self) -> "Flow":
+        """The samples that are held back, alone, at the same block, to go another way from here."""
+        other, now, first = copy(self), self.activations, self._held_from
+        chosen = [(b, c) for b, c in zip(self._batches, self._contexts, strict=True) if b.start >= first]
+        other._batches = [range(b.start - first, b.stop - first) for b, _ in chosen]
+        other._contexts = [c for _, c in chosen]
+        starts = [start - now.starts[first] for start in now.starts[first:]]
+        other._activations = Activations(now.buffer[now.starts[first] :].clone(), starts, now.keep[now.starts[first] :])
+        other._held_from, other._replays = 0, {}
         return other
 
     @property
@@ -194,7 +229,7 @@ class Flow:
     @contextmanager
     def _watching(self, watch: _Watch, linears: dict[str, nn.Module], batch: range) -> Iterator[None]:
         starts = self.activations.starts
-        watch.begin(self.activations.keep[starts[batch.start] : starts[batch.stop]])
+        watch.begin(self.activations.keep[starts[batch.start] : starts[batch.stop]], batch.start >= self._held_from)
 
         def before(path: str) -> Callable[..., None]:
             return lambda _module, args, kwargs: watch.add(path, args[0] if args else kwargs["input"])
@@ -217,9 +252,10 @@ class Flow:
         starts = self.activations.starts
         for number, batch in enumerate(self._batches):
             keep = self.activations.keep[starts[batch.start] : starts[batch.stop]]
+            held = batch.start >= self._held_from
 
-            def record(*args: Any, keep: Tensor = keep, **kwargs: Any) -> Tensor:
-                routed.add(*stack.route(args, kwargs), keep)
+            def record(*args: Any, keep: Tensor = keep, held: bool = held, **kwargs: Any) -> Tensor:
+                routed.add(*stack.route(args, kwargs), keep, held=held)
                 raise _Door
 
             with _answering(module, block, {**self._replayed(number), stack.path: record}):
@@ -249,6 +285,15 @@ class Flow:
                 )
             self.activations.view(batch).copy_(hidden)
         self._replays.clear()
+
+    def after(self, block: str, module: nn.Module) -> Tensor:
+        """What the block makes of the samples that are held back, `[rows, width]`; they do not move on."""
+        found = []
+        for number, batch in enumerate(self._batches):
+            if batch.start >= self._held_from:
+                with _answering(module, block, self._replayed(number)):
+                    found.append(self._run(block, number, batch).flatten(0, -2).to(self.activations.buffer))
+        return torch.cat(found)
 
     def end(self) -> Activations:
         """The states an encoder hands to its decoder: what is left after the last block, such as the final norm."""

@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from halfbit.errors import CheckpointError, FormatError, HalfbitError
+from halfbit.gates import LEAST
 from halfbit.layout import DTYPES, Entry, parse_tensor, stored_name
 from halfbit.linears import WEIGHT
 from halfbit.manifest import MANIFEST, Problem, read_manifest, verify_shard
@@ -48,6 +49,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "bits_per_weight" of the whole model; "layers": compressed module -> mean loss, bits and coverage;
         "allocation": {"rules", "projections"}, what was decided before solving, also while a run is under way: bits and
         formats of each projection, and the part of the predicted loss that is its own; None where nothing was decided.
+        "gates": {"checks", "failed": [{unit, gate, where, value, limit, accepted}], "worst": {gate: {where, value,
+        limit}}}.
     """
     root = Path(folder)
     manifest = read_manifest(root)
@@ -79,7 +82,27 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "bits_per_weight": _bits(parts),
         "layers": {path: _layer(manifest, path) for path in manifest["packed"]},
         "allocation": _allocation(root),
+        "gates": _gates(manifest),
     }
+
+
+def _gates(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What gates found: how many looked, which failed, and of each gate what came nearest to failing."""
+    rows = [{"unit": unit, **row} for unit, found in manifest["gates"].items() for row in found]
+    worst: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["gate"] not in worst or _strain(row) > _strain(worst[row["gate"]]):
+            worst[row["gate"]] = row
+    failed = [row for row in rows if not row["passed"]]
+    return {"checks": len(rows), "failed": failed, "worst": worst}
+
+
+def _strain(row: dict[str, Any]) -> float:
+    """How near to failing, or how far beyond."""
+    if row["value"] is None:
+        return inf
+    away = abs(row["value"] - row.get("original", 0.0))
+    return away if row["gate"] not in LEAST else -away
 
 
 def _bits(parts: dict[str, dict[str, float]]) -> float | None:

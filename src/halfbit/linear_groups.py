@@ -18,6 +18,7 @@ from halfbit.family import Family
 from halfbit.flow import Flow, Seen
 from halfbit.layout import Entry
 from halfbit.linears import WEIGHT, Linear, find_linears
+from halfbit.outputs import Judged, unlike
 from halfbit.recipe import Recipe, Rule
 from halfbit.solving import solve
 from halfbit.storing import keep_linear, kept_linear, put_linear
@@ -117,17 +118,20 @@ def solve_group(
         # the order that follows from the Hessian alone is the same again
         free = rule.order == "act_order" and by_hessian
         by_hessian |= rule.order == "act_order"
+        w = family.weight(linear.name).to(device, torch.float32)
         found = kept_linear(writer.journal, path)
         if found is None:
             notices: list[str] = []
-            w = family.weight(linear.name).to(device, torch.float32)
             h = None if seen.hessian is None else seen.hessian.sum.to(device)
             (solution,) = solve(w[None], h, [rule], recipe.solving, [path], notices, order_is_stored=not free)
             assert rule.codec is not None
-            packed, facts = rule.codec.encode(solution), {"loss": solution.loss, "notices": notices}
+            packed = rule.codec.encode(solution)
+            decoded = rule.codec.decode(packed)
+            facts = {"loss": solution.loss, "notices": notices, "wrong": unlike(solution, decoded)}
             keep_linear(writer.journal, path, packed, facts)
         else:
             packed, facts = found
+            decoded = packed.codec.decode(packed)
         yield from map(Noticed, facts["notices"])
         nbytes = put_linear(path, packed, orders, writer)
         fact = {
@@ -137,7 +141,16 @@ def solve_group(
         }
         writer.record("matrices", linear.name, fact)
         yield Solved(linear.name, fact["loss"], fact["bits_per_weight"], fact["tokens"])
-        family.replace(linear.name, packed.codec.decode(packed))
+        writer.record("outputs", path, judge(w, decoded.to(w), seen.held, facts["wrong"]).as_dict())
+        family.replace(linear.name, decoded)
+
+
+def judge(w: Tensor, decoded: Tensor, held: list[Tensor], wrong: int) -> Judged:
+    """A layer's answers to held-back tokens, against the original's; its weights where nothing is held back."""
+    if not held:
+        return Judged.of(w, decoded, None, wrong)
+    x = torch.cat(held).to(w)
+    return Judged.of(x @ w.T, x @ decoded.T, len(x), wrong)
 
 
 def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Mapping[str, Tensor]) -> None:

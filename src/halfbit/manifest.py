@@ -1,6 +1,7 @@
 """The manifest of a compressed folder: what every byte of its files must be, and whether it is.
 
     tensors   name -> file, dtype, shape, XXH3 (128 bits) and SHA-256 of its bytes
+    gates     unit -> what each gate found: value, limit, passed; original, accepted where there is such
     headers   shard -> SHA-256 of its header, length and padding included
     files     any other file -> SHA-256
     sha256    of the manifest itself, up to this last line
@@ -137,6 +138,7 @@ def _check(manifest: dict[str, Any]) -> None:
             raise FormatError(f"expected {kind}, plain file names with their SHA-256, got {short(files)}")
     for block, entry in manifest["blocks"].items():
         _check_block(block, entry, manifest["tensors"])
+    _check_gates(manifest)
     for path, cover in manifest["coverage"].items():
         counts = [cover.get(k) for k in ("trained", "below_floor")] if isinstance(cover, dict) else [None]
         if not counts[0] or not all(isinstance(c, list) and all(type(n) is int for n in c) for c in counts):
@@ -149,6 +151,37 @@ def _check_block(block: str, entry: Any, tensors: dict[str, Any]) -> None:
             if is_plain(file) and all(isinstance(n, str) and n in tensors for n in names):
                 return
     raise FormatError(f"{block}: expected a file and names of tensors, got {short(entry)}")
+
+
+def _check_gates(manifest: dict[str, Any]) -> None:
+    """Folders of before have none, and get empty ones."""
+    for kind in ("outputs", "gates"):
+        if not isinstance(manifest.setdefault(kind, {}), dict):
+            raise FormatError(f"expected an object {kind!r}, got {short(manifest[kind])}")
+    for name, judged in manifest["outputs"].items():
+        match judged:
+            case {"error": error, "energy": energy, "tokens": tokens, "wrong": wrong}:
+                if all(value is None or _is_number(value) for value in (error, energy, tokens, wrong)):
+                    continue
+        raise FormatError(f"{name}: expected error, energy, tokens and wrong, got {short(judged)}", tensor=name)
+    for unit, rows in manifest["gates"].items():
+        if not isinstance(rows, list) or not all(_is_check(row) for row in rows):
+            raise FormatError(f"{unit}: expected a list of what gates found, got {short(rows)}", tensor=unit)
+
+
+def _is_check(row: Any) -> bool:
+    match row:
+        case {"gate": str(), "where": str(), "value": value, "limit": limit, "passed": bool()}:
+            rest = {k: v for k, v in row.items() if k not in ("gate", "where", "value", "limit", "passed")}
+            original, accepted = rest.pop("original", 0.0), rest.pop("accepted", False)
+            return (
+                (value is None or _is_number(value))
+                and _is_number(limit)
+                and _is_number(original)
+                and isinstance(accepted, bool)
+                and not rest
+            )
+    return False
 
 
 def _is_number(value: Any) -> bool:

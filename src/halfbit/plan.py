@@ -15,7 +15,7 @@ from halfbit.compress import with_length
 from halfbit.errors import RecipeError
 from halfbit.machine import Room, measure, resident, room
 from halfbit.parts import Matrices, Part, matrices, parts
-from halfbit.plan_memory import ACTIVATIONS, WARM, Peak, measuring, solving
+from halfbit.plan_memory import ACTIVATIONS, WARM, Peak, judging, measuring, solving
 from halfbit.plan_time import SETUP, Clock, Spent, Work
 from halfbit.reader import Folder
 from halfbit.recipe import Recipe
@@ -185,7 +185,8 @@ def _peaks(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], base: i
     samples = recipe.calibration.samples
     given = (blueprint, recipe, packed, samples, base, device)
     first = measuring(*given)
-    return [*([first] if first else []), solving(*given)]
+    last = judging(blueprint, recipe, packed, base, device)
+    return [*([first] if first else []), solving(*given), *([last] if last else [])]
 
 
 def _disk(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], before: int, after: int) -> dict[str, int]:
@@ -212,7 +213,8 @@ def _spent(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], device:
     work = Work(blueprint, recipe, packed, recipe.calibration.samples, Clock(rates, recipe.solving, device))
     first = work.measuring()
     begin = Spent("starting", {"python, torch, transformers": rates.started, "text and checkpoint": SETUP})
-    return [begin, *([first] if first else []), work.solving()]
+    last = work.judging()
+    return [begin, *([first] if first else []), work.solving(), *([last] if last else [])]
 
 
 def _verdicts(
@@ -272,6 +274,9 @@ def _smaller(recipe: Recipe, offload: bool) -> Iterator[tuple[str, Recipe, bool]
         for batch in dict.fromkeys((groups[0], groups[-1])):
             more = f" and [solving] experts_per_batch = {batch} in the recipe" if batch != groups[0] else ""
             yield f"--offload DIR{more}", replace(recipe, solving=replace(solving, experts_per_batch=batch)), True
+    if recipe.gates.model:
+        # nothing else needs the logits of whole samples
+        yield "[gates] model = false in the recipe", recipe.gated(model=False), offload
     fewer = samples // 2
     while fewer >= 8:
         for batch in dict.fromkeys((groups[0], groups[-1])):
@@ -307,7 +312,10 @@ def _ternary(m: Matrices) -> bool:
 
 def _assumptions(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], offload: bool) -> Iterator[str]:
     c = recipe.calibration
-    yield f"{c.samples} samples of {c.sequence_length} tokens, experts_per_batch {recipe.solving.experts_per_batch}"
+    held = f" and {recipe.gates.held_back} held back" if recipe.gates.held_back else ""
+    yield (
+        f"{c.samples} samples{held} of {c.sequence_length} tokens, experts_per_batch {recipe.solving.experts_per_batch}"
+    )
     for told in dict.fromkeys(m.assumes for m in packed if m.assumes):
         names = {m.path.rpartition(".")[2] for m in packed if m.assumes == told}
         shapes = sorted({f"{m.shape[0]} x {m.shape[1]}" for m in packed if m.assumes == told})

@@ -11,10 +11,12 @@ from halfbit.blueprint import Blueprint
 from halfbit.expert_groups import EXPERT_TOKENS, POOLED_TOKENS
 from halfbit.experts import ExpertStack
 from halfbit.flow import BLOCK_TOKENS
+from halfbit.model_gate import MOST_LOGITS
 from halfbit.parts import Matrices
 from halfbit.probe import TRIAL_BYTES, TRIAL_TOKENS
 from halfbit.recipe import Recipe, Rule
 from halfbit.solve.hessian import WORKSPACE_ELEMENTS
+from halfbit.teacher import EXPERTS
 
 F32, F64 = 4, 8
 # copies of a float64 matrix while it is damped, turned round, factored and inverted
@@ -27,6 +29,8 @@ WARM, SHOWN = 20 << 20, 100 << 20
 ENCODER, DECODER = 0.9, 0.2
 # what --offload keeps in files
 ACTIVATIONS = ("activations of the samples", "what experts are given and answer")
+# copies of the logits of held-back text
+LOGITS = 5
 # of a matrix in the manifest, as Python objects and as text while it is written
 MANIFEST = 2500
 
@@ -36,7 +40,7 @@ class Peak:
     """The fullest moment of a phase.
 
     Attributes:
-        phase: "measuring options" or "solving".
+        phase: "measuring options", "solving" or "gates".
         block: where it is.
         host, device: bytes by what takes them; nothing on the device where that is the CPU.
     """
@@ -176,10 +180,11 @@ def _options(rule: Rule) -> list[Rule]:
 def solving(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], samples: int, base: int, device: str) -> Peak:
     """The fullest block of the run itself."""
     followed = recipe.solving.asymmetric
-    needs_data = any(r.solver != "rtn" for m in packed for r in _options(m.rule))
+    data = needs_data(packed)
+    held = recipe.gates.held_back * recipe.calibration.sequence_length
     d, best = width(blueprint), None
     matrices = sum(m.count for m in packed)
-    for load in loads(blueprint, samples, recipe.calibration.sequence_length):
+    for load in loads(blueprint, samples + recipe.gates.held_back, recipe.calibration.sequence_length):
         for block in load.blocks:
             here = [m for m in packed if m.block == block]
             compressed = sum(m.nbytes for m in here)
@@ -187,16 +192,18 @@ def solving(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], sample
             host["manifest"] = MANIFEST * matrices
             work: dict[str, int] = {}
             modules = 2 if followed else 1
-            if needs_data:
+            if data:
                 host["tokenizer, text"] = SHOWN
+                # before and after the original block, and what its experts are given and answer
+                host["held-back samples, for gates"] = held * 3 * F32 * d + routed_bytes(blueprint, held)
                 host[ACTIVATIONS[0]] = F32 * d * (load.tokens + load.heard) * modules
                 work["embeddings and head"] = outer_bytes(blueprint)
                 work["block without experts"] = block_bytes(blueprint, block)
-            forward = forward_bytes(blueprint, block, load) if needs_data else 0
+            forward = forward_bytes(blueprint, block, load) if data else 0
             group = linear = routed = 0
             for stack in (s for p, s in blueprint.stacks.items() if p.startswith(f"{block}.")):
                 pair = [m for m in here if m.path == stack.path]
-                routed = max(routed, routed_bytes(blueprint, load.tokens) if needs_data else 0)
+                routed = max(routed, routed_bytes(blueprint, load.tokens) if data else 0)
                 if followed and pair:
                     routed += F32 * d * load.tokens
                 tokens = load.tokens * blueprint.per_token // stack.num_experts
@@ -226,6 +233,42 @@ def solving(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], sample
                 best = found
     assert best is not None
     return best
+
+
+def judging(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], base: int, device: str) -> Peak | None:
+    """The finished folder beside one group of experts of the original; None where no gate looks at it."""
+    gates, c = recipe.gates, recipe.calibration
+    if not (gates.model and gates.held_back and needs_data(packed)):
+        return None
+    # what is compressed lies in the file, as far as the system has no room for it
+    kept = F32 * (blueprint.parameters() - sum(m.weights for m in packed))
+    folder = kept if device == "cpu" else kept + sum(m.nbytes for m in packed)
+    tokens = heard_tokens(blueprint, gates.held_back, c.sequence_length)
+    best = 0
+    for load in loads(blueprint, 1, min(tokens, c.sequence_length)):
+        for block in load.blocks:
+            stacks = [s for p, s in blueprint.stacks.items() if p.startswith(f"{block}.")]
+            groups = [min(EXPERTS, s.num_experts) * sum(map(prod, s.projections.values())) for s in stacks]
+            need = block_bytes(blueprint, block) + 2 * F32 * max(groups, default=0)
+            best = max(best, need + forward_bytes(blueprint, block, load))
+    host = {"python, torch, transformers": base, "tokenizer, text": SHOWN}
+    work = {
+        "compressed model": folder,
+        "embeddings and head": outer_bytes(blueprint),
+        "block of the original": best,
+        "logits": LOGITS * F32 * tokens * vocabulary(blueprint),
+    }
+    return _split("gates", "", host, work, device)
+
+
+def heard_tokens(blueprint: Blueprint, samples: int, length: int) -> int:
+    """Of held-back text that the finished model is judged on."""
+    return min(max(MOST_LOGITS // vocabulary(blueprint), 2), samples * length)
+
+
+def needs_data(packed: list[Matrices]) -> bool:
+    """Whether anything is solved on calibration text."""
+    return any(r.solver != "rtn" for m in packed for r in _options(m.rule))
 
 
 def inputs_of_linears(here: list[Matrices]) -> list[int]:

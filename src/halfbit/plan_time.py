@@ -17,8 +17,20 @@ from halfbit.expert_groups import POOLED_TOKENS
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import Deadzone
 from halfbit.machine import Rates, seconds
+from halfbit.model_gate import PROMPT
+from halfbit.outputs import MOST
 from halfbit.parts import Matrices
-from halfbit.plan_memory import Load, heads, inputs_of_linears, loads, trial_tokens, width
+from halfbit.plan_memory import (
+    Load,
+    heads,
+    heard_tokens,
+    inputs_of_linears,
+    loads,
+    needs_data,
+    trial_tokens,
+    vocabulary,
+    width,
+)
 from halfbit.probe import ERROR_TOKENS, SPREADS
 from halfbit.recipe import Recipe, Rule, Solving
 from halfbit.solving import solve
@@ -132,7 +144,9 @@ class Work:
 
     @cached_property
     def loads(self) -> list[Load]:
-        return loads(self.blueprint, self.samples, self.recipe.calibration.sequence_length)
+        """With what is held back, which runs along."""
+        held = self.recipe.gates.held_back
+        return loads(self.blueprint, self.samples + held, self.recipe.calibration.sequence_length)
 
     @property
     def element(self) -> float:
@@ -213,7 +227,9 @@ class Work:
             by[what] = by.get(what, 0.0) + spent
 
         followed = self.recipe.solving.asymmetric
-        data = any(o.solver != "rtn" for m in self.packed for o in m.rule.options or (m.rule,))
+        data = needs_data(self.packed)
+        length, back = self.recipe.calibration.sequence_length, self.recipe.gates.held_back
+        held = {block: load for load in loads(self.blueprint, back, length) for block in load.blocks} if back else {}
         for load in self.loads:
             for block in load.blocks:
                 here = [m for m in self.packed if m.block == block]
@@ -229,9 +245,19 @@ class Work:
                     add("reading experts", self.read(path) * (2 if followed else 1) if data or solved else 0.0)
                     if data:
                         add("forward passes", self.experts(path, rows) * (2 if followed else 1))
+                    if data and solved and back:
+                        rows = held[block].tokens * self.blueprint.per_token
+                        judged = min(MOST, rows) * self.blueprint.stacks[path].num_experts
+                        # the samples through the original's experts, rows through both of each
+                        add("gates", self.experts(path, rows) + 2 * self.experts(path, judged))
+                        add("gates", self.read(path) if linears and not followed else 0.0)
                     if data and solved:
                         add("Hessians", self.hessians(path, load, crossed=followed))
                         add("least squares towards the original", self.towards(path) if followed else 0.0)
+                if data and here and back:
+                    # to the experts' door and through the original block, and through the compressed one
+                    passes = 1 + (1.7 if stacks else 1)
+                    add("gates", passes * self.forward(block, held[block], held[block].tokens))
                 add("Hessians", self._of_linears(here, load) if data else 0.0)
                 for m in here:
                     for what, spent in self.solved(m, chosen(m.rule)).items():
@@ -240,6 +266,34 @@ class Work:
             for what, spent in self.solved(m, chosen(m.rule)).items():
                 add(what, spent)
         return Spent("solving", {k: v for k, v in by.items() if v})
+
+    def judging(self) -> Spent | None:
+        """What gates on the finished model take; None where there are none."""
+        gates, length = self.recipe.gates, self.recipe.calibration.sequence_length
+        if not (gates.model and gates.held_back and needs_data(self.packed)):
+            return None
+        heard = heard_tokens(self.blueprint, gates.held_back, length)
+        samples = max(1, heard // length)
+        steps = gates.written if gates.written else 0
+        written = samples * (PROMPT + steps) if steps else 0
+        original = compressed = 0.0
+        for load in loads(self.blueprint, samples, min(length, heard)):
+            for block in load.blocks:
+                tokens = load.tokens + written
+                forward = self.forward(block, load, tokens)
+                original, compressed = original + forward, compressed + forward
+                here = [m for m in self.packed if m.block == block]
+                # every step decodes what it touches
+                for path in (p for p in self.blueprint.stacks if p.startswith(f"{block}.")):
+                    work = self.experts(path, tokens * self.blueprint.per_token)
+                    original += work + self.read(path)
+                    touched = min(1.0, samples * self.blueprint.per_token / self.blueprint.stacks[path].num_experts)
+                    packed = sum(m.weights for m in here if m.path == path)
+                    compressed += work + (2 + touched * steps) * packed * self.element
+                dense = sum(m.weights for m in here if m.kind != "experts")
+                compressed += (2 + steps) * dense * self.element
+        head = self.clock.products((heard + written) * width(self.blueprint) * vocabulary(self.blueprint))
+        return Spent("gates", {"the original": original + head, "the compressed model": compressed + head})
 
     def _of_linears(self, here: list[Matrices], load: Load) -> float:
         return sum(self.clock.products(load.tokens * n * n) for n in inputs_of_linears(here))

@@ -195,8 +195,8 @@ class Probe:
                     self._experts(stack, experts, roles, routed, given)
                     yield self._progress()
             else:
-                for one in (routed, *given.values()):
-                    run_through(family, stack, one, self._recipe.solving.experts_per_batch, self._device)
+                size = self._recipe.solving.experts_per_batch
+                run_through(family, stack, [routed, *given.values()], size, self._device)
             base.give(stack, routed)
             for name, one in given.items():
                 trials[name].give(stack, one)

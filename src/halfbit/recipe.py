@@ -258,6 +258,54 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """What stops a run, because something went wrong without a word, most likely. `docs/guide.md` tells what each
+    figure is; the limits are far from what was measured on honest runs (docs/LOG.md)."""
+
+    held_back: int = 4
+    """Samples that nothing is solved on, of the text behind the calibration samples; gates look at them. 0: none, and
+    experts and layers are judged by their weights."""
+    text: float = 0.2
+    """Least share of distinct runs of 8 tokens in the calibration text."""
+    coverage: float = 0.95
+    """Most experts of a module that fewer tokens reach than [coverage] floor, as a share."""
+    error: float = 2.0
+    """Most squared error of an expert's or a layer's answers, relative to the original's."""
+    noise: float = 8.0
+    """The same, or its part that no scaling mends, in units of what the solver's losses let expect."""
+    outlier: float = 5.0
+    """The same, against the module's other experts: a robust z-score."""
+    dead: float = 0.02
+    """Least size of an expert's or a layer's answers, in units of what the solver expected."""
+    block: float = 4.0
+    """Most squared error of what a block adds, or its part that no scaling mends, in units of what the errors of its
+    experts and layers let expect."""
+    model: bool = True
+    """Whether the finished model is loaded and looked at."""
+    perplexity: float = 4.0
+    """Most perplexity on held-back text, in units of the original's. This and the next limits of the model hold where
+    one that knows nothing but how frequent each token is would be better still; see `model_gate.py`."""
+    divergence: float = 2.0
+    """Most KL divergence from the original there, in nats per token."""
+    written: int = 24
+    """Tokens that the finished model writes after each held-back sample's beginning, for the next three; 0: none."""
+    regret: float = 2.0
+    """Most nats per token by which the original would rather have written something else."""
+    entropy: float = 2.0
+    """Farthest entropy of what comes next from what the original's is there, in nats."""
+    repetition: float = 0.7
+    """Farthest share of repetition from that of what the original would write there."""
+
+    def __post_init__(self):
+        limits = {k: v for k, v in asdict(self).items() if k not in ("model", "held_back", "written")}
+        if self.held_back < 0 or self.written < 0 or not all(0 <= limit < inf for limit in limits.values()):
+            raise RecipeError(f"gates: held_back, written and all limits must be finite and >= 0; got {self}")
+
+
+SECTIONS = {"solving": Solving, "coverage": Coverage, "calibration": Calibration, "tuning": Tuning, "gates": Gates}
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     rules: tuple[Rule, ...]
@@ -265,6 +313,7 @@ class Recipe:
     coverage: Coverage = field(default_factory=Coverage)
     calibration: Calibration = field(default_factory=Calibration)
     tuning: Tuning = field(default_factory=Tuning)
+    gates: Gates = field(default_factory=Gates)
 
     def rule(self, matrix: str) -> Rule | None:
         """The first rule that matches `module.path.projection`, or None: stored as it was."""
@@ -282,6 +331,10 @@ class Recipe:
     def tuned(self, **changes: Any) -> "Recipe":
         """The recipe with some tuning fields replaced."""
         return replace(self, tuning=replace(self.tuning, **changes))
+
+    def gated(self, **changes: Any) -> "Recipe":
+        """The recipe with some limits of gates replaced."""
+        return replace(self, gates=replace(self.gates, **changes))
 
     def budgeted(self, budget: str, value: float, among: Sequence[Rule] | None = None) -> "Recipe":
         """The recipe with one of BUDGETS for every rule that can keep it, in place of what the rule said.
@@ -307,7 +360,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         table: dict[str, Any] = {"name": self.name, "rules": [_row(rule) for rule in self.rules]}
-        table |= {k: asdict(getattr(self, k)) for k in ("solving", "coverage", "calibration", "tuning")}
+        table |= {k: asdict(getattr(self, k)) for k in SECTIONS}
         return tomli_w.dumps(table)
 
     @classmethod
@@ -316,8 +369,7 @@ class Recipe:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as e:
             raise RecipeError(f"{origin}: not valid TOML: {e}") from e
-        sections = {"solving": Solving, "coverage": Coverage, "calibration": Calibration, "tuning": Tuning}
-        _only(table, {"name", "rules", *sections}, origin)
+        _only(table, {"name", "rules", *SECTIONS}, origin)
         if not isinstance(table.get("rules"), list) or not table["rules"]:
             raise RecipeError(f"{origin}: needs at least one [[rules]] table with match, solver, grid and codec")
         rules = []
@@ -335,7 +387,7 @@ class Recipe:
                 _only(option, {f.name for f in fields(Rule)} - {"match", "options"}, inner)
                 found.append(_rule({**option, "match": row["match"]}, inner))
             rules.append(_rule({**row, "options": tuple(found)}, where))
-        parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in sections.items()}
+        parts = {k: _section(kind, table.get(k, {}), f"{origin}, [{k}]") for k, kind in SECTIONS.items()}
         return cls(name=str(table.get("name", origin)), rules=tuple(rules), **parts)
 
 

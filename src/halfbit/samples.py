@@ -32,6 +32,7 @@ class Sample:
         keep: bool `[length]`, the tokens that may enter a Hessian.
         decoder_ids, decoder_keep: the same for the decoder of an encoder-decoder model.
         labels: int64, what the decoder should say (encoder-decoder models only).
+        held: nothing is solved on it, it is what gates look at; `keep` is False throughout.
     """
 
     ids: Tensor
@@ -39,11 +40,17 @@ class Sample:
     decoder_ids: Tensor | None = None
     decoder_keep: Tensor | None = None
     labels: Tensor | None = None
+    held: bool = False
 
     def unmasked(self) -> "Sample":
         """The same sample with every token in the Hessians."""
         every = None if self.decoder_keep is None else torch.ones_like(self.decoder_keep)
         return replace(self, keep=torch.ones_like(self.keep), decoder_keep=every)
+
+    def held_back(self) -> "Sample":
+        """The same sample with no token in the Hessians."""
+        none = None if self.decoder_keep is None else torch.zeros_like(self.decoder_keep)
+        return replace(self, keep=torch.zeros_like(self.keep), decoder_keep=none, held=True)
 
 
 # --- text

@@ -7,11 +7,11 @@ killed like any other.
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from halfbit.compress import calibration_samples, compress, with_length
-from halfbit.errors import RecipeError
+from halfbit.errors import GateError, RecipeError
 from halfbit.evaluate import load, measure
 from halfbit.events import Event, Finished, Noticed
 from halfbit.families import open_family
@@ -37,8 +37,11 @@ def compress_to_loss(
     device: str = "cpu",
     restart: bool = False,
     offload: str | Path | None = None,
+    accept: Collection[str] = (),
 ) -> Iterator[Event]:
     """Compress with the fewest bits at which the loss rises by no more than the share `most` (0.02: 2 %).
+
+    Gates are as in `compress`; a rate at which one fails is too low, unless it is the highest.
 
     Raises:
         RecipeError: not even the highest rate keeps the loss, or the recipe has no rule that takes bits.
@@ -68,10 +71,18 @@ def compress_to_loss(
         trial = folder / TRIALS / f"{bits:.4f}"
         how = recipe.budgeted("bits", bits, account.free)
         curves = folder / TRIALS / "curves.json"
-        for event in compress(source, trial, how, calibration, device=device, curves=curves, offload=offload):
-            if not isinstance(event, Finished):
-                yield event
-        loss = _loss(str(trial), held, device)
+        try:
+            steps = compress(
+                source, trial, how, calibration, device=device, curves=curves, offload=offload, accept=accept
+            )
+            yield from (event for event in steps if not isinstance(event, Finished))
+            loss = _loss(str(trial), held, device)
+        except GateError as e:
+            if best is None:
+                raise
+            # fewer bits than before: too few
+            yield Noticed(f"{bits:.3f} bits: {e}")
+            loss = math.inf
         passed = loss <= allowed
         yield Noticed(f"{bits:.3f} bits: loss {loss:.4f}, {allowed:.4f} allowed: {'enough' if passed else 'too few'}")
         if passed:

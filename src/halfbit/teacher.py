@@ -5,10 +5,12 @@ vocabulary of some hundred thousand the `K` most likely tokens carry nearly all 
 that the divergence measured with them is a lower bound of the true one and 0 only where that is 0 on them.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from halfbit.expert_groups import run_through
+from halfbit.expert_groups import through
 from halfbit.family import Family
 from halfbit.flow import Flow
 from halfbit.samples import Sample
@@ -26,28 +28,29 @@ def ask(family: Family, samples: list[Sample], device: str, dtype: torch.dtype) 
     Returns:
         int32 `[tokens, K]` and float16 `[tokens, K]`, natural logarithms of probabilities, falling.
     """
-    family.load_outer(device, dtype)
-    encoded = None
     tokens: list[Tensor] = []
     logs: list[Tensor] = []
+    for logits in logits_of(family, samples, device, dtype):
+        values, ids = logits.float().log_softmax(-1).topk(min(K, logits.shape[-1]), dim=-1)
+        tokens.append(ids.to("cpu", torch.int32))
+        logs.append(values.to("cpu", torch.float16))
+    return torch.cat(tokens), torch.cat(logs)
+
+
+def logits_of(family: Family, samples: list[Sample], device: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What the original says after each token of all samples, `[tokens, vocabulary]` of some at a time, in order."""
+    family.load_outer(device, dtype)
+    encoded = None
     for part in family.stacks():
         flow = Flow(part, samples, encoded, device)
         for block in part.blocks:
             module = family.load_block(block, device, dtype)
-            for stack in family.experts_of(block):
-                routed = flow.capture(block, module, stack)
-                run_through(family, stack, routed, EXPERTS, device)
-                flow.give(stack, routed)
-            flow.advance(block, module)
+            through(flow, family, block, module, EXPERTS, device)
             family.unload_block(block)
         if part is family.stacks()[-1]:
-            for logits in flow.logits():
-                values, ids = logits.float().log_softmax(-1).topk(min(K, logits.shape[-1]), dim=-1)
-                tokens.append(ids.to("cpu", torch.int32))
-                logs.append(values.to("cpu", torch.float16))
+            yield from flow.logits()
         else:
             encoded = flow.end()
-    return torch.cat(tokens), torch.cat(logs)
 
 
 def divergence(logits: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:

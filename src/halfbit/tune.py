@@ -353,7 +353,7 @@ def _write(
                 }
                 writer.record("packed", path, entries)
         writer.commit(block, entry["file"])
-    for kind in ("matrices", "coverage"):
+    for kind in ("matrices", "coverage", "outputs", "gates"):
         writer.manifest[kind].update(begun.manifest[kind])
     for (path, name), parts in packed.items():
         for number, part in enumerate(parts):

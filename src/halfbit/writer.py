@@ -38,6 +38,8 @@ from halfbit.manifest import (
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
 ALLOCATION = "allocation.json"
+# kinds of facts that are told while a block is in progress
+RECORDS = ("packed", "matrices", "coverage", "outputs", "gates")
 
 
 class Writer:
@@ -52,7 +54,7 @@ class Writer:
     def __init__(self, folder: str | Path, fingerprint: str, about: dict[str, Any]):
         self.folder = Path(folder)
         self._tensors: dict[str, Tensor] = {}
-        self._records: dict[str, dict[str, Any]] = {"packed": {}, "matrices": {}, "coverage": {}}
+        self._records: dict[str, dict[str, Any]] = {kind: {} for kind in RECORDS}
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder}: is a file; give a folder that is new, empty or holds this same run")
         if (self.folder / MANIFEST).is_file():
@@ -78,6 +80,8 @@ class Writer:
                 "packed": {},
                 "matrices": {},
                 "coverage": {},
+                "outputs": {},
+                "gates": {},
                 "headers": {},
                 "files": {},
             }
@@ -102,8 +106,17 @@ class Writer:
         self._tensors[name] = tensor.detach().cpu().contiguous()
 
     def record(self, kind: str, name: str, value: Any) -> None:
-        """Facts of the block in progress: kind "packed", "matrices" or "coverage"."""
+        """Facts of the block in progress, of one of `RECORDS`."""
         self._records[kind][name] = value
+
+    def recorded(self, kind: str) -> dict[str, Any]:
+        """The facts of one kind, of the block in progress and of all before it."""
+        return self.manifest.get(kind, {}) | self._records[kind]
+
+    def amend(self, kind: str, name: str, value: Any) -> None:
+        """A fact of no block, or one of a committed block that has changed: it is written at once."""
+        self.manifest.setdefault(kind, {})[name] = value
+        self._write_manifest()
 
     def commit(self, block: str, file: str) -> None:
         """Write the block's tensors to `file` and name the block in the manifest."""
@@ -115,7 +128,7 @@ class Writer:
             self.manifest.setdefault("headers", {})[file] = header_checksum(target)
         self.manifest["blocks"][block] = {"file": file, "tensors": list(self._tensors)}
         for kind, values in self._records.items():
-            self.manifest[kind].update(values)
+            self.manifest.setdefault(kind, {}).update(values)
             values.clear()
         self._tensors.clear()
         self._write_manifest()
