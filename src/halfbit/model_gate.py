@@ -69,7 +69,7 @@ def judge_model(
     model = load(str(folder), device=device)
     if (choose := getattr(model, "set_experts_implementation", None)) is not None:
         choose("eager")  # experts that stayed as they were: the others want sizes that are multiples of 16 bytes
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     heard = few(held, MOST_LOGITS // vocabulary)
     groups = equal_shapes(heard, len(heard)) if gates.written else []
     wrote = [written for group in groups for written in write(model, group, gates.written, device)]
