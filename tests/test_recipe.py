@@ -116,7 +116,7 @@ def test_the_first_matching_rule_wins_and_a_rule_without_codec_keeps() -> None:
         ("rules = [{ match = '*' }]\n[coverage]\nmax_tokens = inf", "max_tokens must be > 0"),
         ("rules = [{ match = '*' }]\n[calibration]\ncorruption = 'x'", "corruption must be t5 or fixed"),
         ("rules = [{ match = '*' }]\n[solving]\ndamping = -1.0", "damping must be > 0"),
-        ("rules = [{ match = '*' }]\n[solving]\nblock = 'big'", "block must be int"),
+        ("rules = [{ match = '*' }]\n[solving]\nexperts_per_batch = 'big'", "experts_per_batch must be int"),
         ("rules = [{ match = '*' }]\n[solving]\ntrue_sequential = 1", "true_sequential must be bool"),
         ("rules = [{ match = '*' }]\n[coverage]\nundersampled = 'zero'", "undersampled must be one of"),
         ("rules = [{ match = '*' }]\n[calibration]\nsamples = 0", "samples must be >= 1"),

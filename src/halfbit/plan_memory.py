@@ -19,8 +19,8 @@ from halfbit.solve.hessian import WORKSPACE_ELEMENTS
 from halfbit.teacher import EXPERTS
 
 F32, F64 = 4, 8
-# copies of a float64 matrix while it is damped, turned round, factored and inverted
-FACTORING = 6
+# float64 matrices' worth of memory while one is damped and factored
+FACTORING = 2
 # copies of the Hessians while they move towards the pooled one
 SHRINKING = 3
 # what libraries add to the process that plans, until it solves; and tokenizer, text and what products leave behind
@@ -149,8 +149,8 @@ def solve_bytes(experts: int, out: int, n: int, rules: list[Rule], *, asymmetric
     rotated = any(getattr(r.codec, "rotated", False) for r in rules)
     ordered = any(r.order != "identity" for r in rules)
     weights = experts * out * n
-    # turned round, codes twice, what is an outlier; and one matrix at a time decoded and compared
-    sweep = weights * (F32 + 3) + (weights * F32 if ordered or rotated else 0) + 4 * F32 * out * n
+    # turned round, what is fed back, codes twice, what is an outlier; and one matrix at a time decoded and compared
+    sweep = weights * (2 * F32 + 3) + (weights * F32 if ordered or rotated else 0) + 4 * F32 * out * n
     solving = kept + (h if rotated else 0) + (2 * h if ordered else 0) + h + max(factor_bytes(experts, n), sweep)
     return max(solving, (kept - h) + SHRINKING * h)
 

@@ -33,10 +33,13 @@ from halfbit.plan_memory import (
 )
 from halfbit.probe import ERROR_TOKENS, SPREADS
 from halfbit.recipe import Recipe, Rule, Solving
+from halfbit.solve.hessian import PANEL
 from halfbit.solving import solve
 
 # multiplications of the largest sample that is solved to see how fast that is
 LARGEST = 6e9
+# of a product with a symmetric matrix, what is multiplied
+HALF = 0.6
 # passes over the activations of a block beside its products, in units of `Rates.element`
 PASSES = 30
 # of float32 sums, what an expert's gathering, gating and adding up takes for each of its inputs and outputs
@@ -101,9 +104,9 @@ class Clock:
     def _flops(self, rule: Rule, count: int, out: int, n: int) -> float:
         """What grows faster than the number of weights: factoring, feeding back, judging."""
         if rule.solver == "rtn":
-            return self.products(count * 2 * out * n * n)
-        twice = 2 if rule.order != "identity" else 1
-        return count * twice * self.rates.factored(n) + self.products(count * 2.5 * out * n * n)
+            return self.products(count * 2 * HALF * out * n * n)
+        twice = 2 if rule.order == "sensitivity" else 1
+        return count * twice * self.rates.factored(n) + self.products(count * (0.5 + 2 * HALF) * out * n * n)
 
     def _sample(self, rule: Rule, key: object, count: int, out: int, n: int) -> float:
         """Seconds of solving so many random matrices."""
@@ -189,12 +192,16 @@ class Work:
         groups = -(-stack.num_experts // batch)
         shrinks = self.recipe.coverage.undersampled == "shrink"
         pooled = min(POOLED_TOKENS, load.tokens) if shrinks else 0
-        first = (rows + groups * pooled) * d * d
+        # symmetric sums of enough tokens are made by halves
+        own = (HALF if rows >= PANEL * stack.num_experts else 1) + times - 1
+        whole = (HALF if pooled >= PANEL else 1) + times - 1
+        first = (own * rows + whole * groups * pooled) * d * d
         # the output projection's inputs have to be made, for the layer's tokens too
-        second = (rows + stack.num_experts * pooled) * (inner * inner + d * out)
+        second = (own * rows + whole * stack.num_experts * pooled) * inner * inner
+        second += times * (rows + stack.num_experts * pooled) * d * out
         gathered = (rows + stack.num_experts * pooled) * (d + 4 * out) * self.element * times
         shrunk = 6 * stack.num_experts * (d * d + inner * inner) * self.element * times
-        return self.clock.products(times * (first + second)) + gathered + shrunk
+        return self.clock.products(first + second) + gathered + shrunk
 
     def towards(self, path: str) -> float:
         """Least squares towards the original, in float64."""
@@ -296,7 +303,7 @@ class Work:
         return Spent("gates", {"the original": original + head, "the compressed model": compressed + head})
 
     def _of_linears(self, here: list[Matrices], load: Load) -> float:
-        return sum(self.clock.products(load.tokens * n * n) for n in inputs_of_linears(here))
+        return sum(self.clock.products(HALF * load.tokens * n * n) for n in inputs_of_linears(here))
 
     def measuring(self) -> Spent | None:
         """The pass that measures what options cost; None where there are none."""

@@ -156,8 +156,6 @@ class Solving:
 
     damping: float = 0.1
     """Added to the Hessian's diagonal, in units of its mean."""
-    block: int = 128
-    """Columns solved before their error is spread over the rest."""
     experts_per_batch: int = 16
     true_sequential: bool = False
     """Solve the output projection on inputs that come from the compressed input projection."""
@@ -170,8 +168,8 @@ class Solving:
     The original's activations are kept beside the compressed model's."""
 
     def __post_init__(self):
-        if not 0 < self.damping < inf or self.block < 1 or self.experts_per_batch < 1:
-            raise RecipeError(f"damping must be > 0, block and experts_per_batch >= 1; got {self}")
+        if not 0 < self.damping < inf or self.experts_per_batch < 1:
+            raise RecipeError(f"damping must be > 0, experts_per_batch >= 1; got {self}")
 
 
 @dataclass(frozen=True)

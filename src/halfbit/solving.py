@@ -107,7 +107,6 @@ def _solve(
     shared = {
         "names": names,
         "damping": solving.damping if rule.damping is None else rule.damping,
-        "block": solving.block,
         "order": rule.order,
         "on_repair": told,
     }
@@ -149,12 +148,11 @@ def _at_rate(
         spread = guess(bits)
     else:
         own = [s / spread for s in own]
-    block = shared.pop("block")
     problem = prepare(w, hessian, fallback="identity", **shared)
 
     def at(spread: float) -> list[Solution]:
         grid = replace(grids[0], spread=tuple(min(max(spread * s, LEAST), MOST) for s in own))
-        answer = solve_problem(problem, grid, None, block)
+        answer = solve_problem(problem, grid, None)
         return [answer.solution(problem, grid, e) for e in range(w.shape[0])]
 
     found, used = at_rate(bits, at, lambda s: _bits(s, rules[0], True), spread, CLOSE_ENOUGH)

@@ -79,11 +79,11 @@ class Deadzone:
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         half = self.ready(params)["scale"] / 2
-        return (2 * (w > half).to(torch.uint8)) + (w < -half).to(torch.uint8)
+        return torch.add((w < -half).view(torch.uint8), (w > half).view(torch.uint8), alpha=2)
 
     def values(self, codes: Tensor, params: Params) -> Tensor:
         scale = self.ready(params)["scale"]
-        return torch.where(codes == 2, scale, torch.where(codes == 1, -scale, torch.zeros_like(scale)))
+        return scale * ((codes >> 1).to(scale.dtype) - (codes & 1).to(scale.dtype))
 
 
 GRID = Deadzone

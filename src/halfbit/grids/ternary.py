@@ -40,10 +40,11 @@ class Ternary:
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """{"levels": [..., out, 2]}, low then high."""
-        if not torch.isfinite(w).all():
-            raise NonFinite("Ternary: a weight is NaN or infinite, so its row has no range")
         dtype = DTYPES[self.dtype]
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+        # a NaN is the least and the largest of its row
+        if not torch.isfinite(low + high).all():
+            raise NonFinite("Ternary: a weight is NaN or infinite, so its row has no range")
         # any levels do for a row of zeros; these are the reference's
         empty = (low == 0) & (high == 0)
         low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
@@ -52,20 +53,23 @@ class Ternary:
         return {"levels": torch.stack([low, high], -1).to(dtype).clamp(-largest, largest)}
 
     def ready(self, params: Params) -> Params:
-        """{"low", "high": float [..., out, 1]}."""
+        """{"low", "high": float [..., out, 1], "below", "above": beyond which a weight goes to them}."""
         if "low" in params:
             return params
         levels = _exact(params["levels"])
-        return {"low": levels[..., 0, None], "high": levels[..., 1, None]}
+        low, high = levels[..., 0, None], levels[..., 1, None]
+        return {"low": low, "high": high, "below": low / 2, "above": high / 2}
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         params = self.ready(params)
-        return (2 * (w > params["high"] / 2).to(torch.uint8)) + (w < params["low"] / 2).to(torch.uint8)
+        low, high = w < params["below"], w > params["above"]
+        return torch.add(low.view(torch.uint8), high.view(torch.uint8), alpha=2)
 
     def values(self, codes: Tensor, params: Params) -> Tensor:
         params = self.ready(params)
         low, high = params["low"], params["high"]
-        return torch.where(codes == 2, high, torch.where(codes == 1, low, torch.zeros_like(low)))
+        # exact, and several times faster than choosing; -0.0 of the first becomes 0.0 by adding
+        return torch.addcmul(low * (codes & 1).to(low.dtype), high, (codes >> 1).to(high.dtype))
 
 
 def _exact(t: Tensor) -> Tensor:

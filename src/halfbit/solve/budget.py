@@ -42,7 +42,6 @@ def gptq_with_share(
     *,
     names: Sequence[str],
     damping: float = 0.1,
-    block: int = 128,
     order: Order = "identity",
     fallback: Fallback = "identity",
     on_repair: OnRepair = warn_of,
@@ -63,10 +62,10 @@ def gptq_with_share(
     tau = [FIRST_TAU] * len(shares)
     sample = _some_rows(problem, grid)
     if sample is not None:
-        guessed, _ = _search(sample, unit, grid, shares, tau, block)
+        guessed, _ = _search(sample, unit, grid, shares, tau)
         # nothing is learned where the sample is to have no outlier, or cannot have enough
         tau = [t if 0 < t < inf else FIRST_TAU for t in guessed]
-    _, found = _search(problem, unit, grid, shares, tau, block)
+    _, found = _search(problem, unit, grid, shares, tau)
     return [measured(s, w[e], hessian[e]) for e, s in enumerate(found)]
 
 
@@ -86,7 +85,6 @@ def _search(
     grid: Grid,
     shares: list[float],
     tau: list[float],
-    block: int,
 ) -> tuple[list[float], list[Solution]]:
     """The best thresholds found, in units of `unit`, and what they give; `tau` are the first to be tried."""
     searches = [_Expert(round(s * problem.w[0].numel()), t) for s, t in zip(shares, tau, strict=True)]
@@ -100,7 +98,7 @@ def _search(
         factor = torch.tensor([searches[e].tau for e in open_], dtype=unit.dtype, device=unit.device)
         # infinity times zero: weights that are all zero
         limit = torch.where(torch.isinf(factor), factor, factor * unit[those])
-        answer = solve(part, grid, limit, block)
+        answer = solve(part, grid, limit)
         for i, e in enumerate(open_):
             solution = answer.solution(part, grid, i)
             if searches[e].learn(0 if solution.outliers is None else len(solution.outliers)):
@@ -109,7 +107,7 @@ def _search(
     without = [e for e, solution in enumerate(found) if solution is None]
     if without:
         part = problem.part(torch.tensor(without, device=unit.device))
-        answer = solve(part, grid, None, block)
+        answer = solve(part, grid, None)
         for i, e in enumerate(without):
             found[e] = answer.solution(part, grid, i)
     return [search.tau for search in searches], [solution for solution in found if solution is not None]

@@ -1,11 +1,15 @@
-"""Blocked GPTQ with error feedback, batched over experts; with outliers it is SpQR.
+"""GPTQ with error feedback, batched over experts; with outliers it is SpQR.
 
-Column j is rounded; its error, divided by U[j, j], is spread over the columns still open with row j of U,
-the upper Cholesky factor of H^-1 (Frantar et al. 2023, https://arxiv.org/abs/2210.17323, section 3.3).
-Within a block of columns this is done at once, for the columns behind the block with one matrix product per block.
-Sixteen experts are solved side by side, as in QMoE, since one small expert does not fill a machine.
-A weight whose rounding would cost more than a threshold stays in 16 bits (`outliers.py`); the error of those 16 bits is
-fed back like any other.
+With H = F D F^T, F unit upper triangular and D diagonal, column j is rounded to q_j where w_j + sum over k < j of
+(w_k - q_k) F_kj is; the w_k are the weights as they were. That is the error feedback of Frantar et al. 2023
+(https://arxiv.org/abs/2210.17323, section 3.3) without the inverse of H that is usually taken for it (Chee et al. 2023,
+https://arxiv.org/abs/2307.13304, theorem 6): a third to a half of the multiplications, and F is as exact as H. An error
+e of column j costs e^2 D_jj once the columns behind have made up for it.
+
+Columns are taken by halves: first all of the first half, then what it wants of the second in one product, then the
+second. So nearly all that is fed back goes through products of large matrices. Experts are solved side by side, as in
+QMoE, since one small expert does not fill a machine. A weight whose rounding would cost more than a threshold stays in
+16 bits (`outliers.py`); the error of those 16 bits is fed back like any other.
 `solve/naive.py` is the same thing without the factorisation; the tests hold the two equal.
 """
 
@@ -24,6 +28,10 @@ from halfbit.solve.orders import Order, check_order, column_order
 from halfbit.solve.outliers import threshold, without_outliers
 from halfbit.types import Grid, Outliers, Params, Solution
 
+# on a CPU, weights of a column, of experts side by side: the few tensors that rounding takes stay in its cache; and
+# columns for which the same experts are kept at it
+CACHED, KEPT = 1 << 15, 256
+
 
 def gptq(
     w: Float[Tensor, "experts out in"],
@@ -32,7 +40,6 @@ def gptq(
     *,
     names: Sequence[str],
     damping: float = 0.1,
-    block: int = 128,
     order: Order = "identity",
     outliers: float | Float[Tensor, " experts"] | None = None,
     fallback: Fallback = "identity",
@@ -47,7 +54,6 @@ def gptq(
         names: of the experts, for errors and repairs.
         damping: times the mean of the Hessian's diagonal. QMoE uses 0.1, ten times GPTQ's, as experts see few tokens;
             SpQR's published commands use 1.
-        block: columns per block; changes speed, and results only by rounding.
         order: in which the columns are rounded and stored, each expert its own; see `orders.py`.
         outliers: tau, SpQR's relative threshold, for all experts or each; None or infinity: no outliers.
         fallback: for an expert whose Hessian cannot be factored; see `factor`.
@@ -64,7 +70,7 @@ def gptq(
         if not (tau >= 0).all():
             raise RecipeError(f"outliers: tau must be at least 0, got {tau[~(tau >= 0)][0].item()}")
         limit = threshold(problem.w, problem.importance, tau)
-    answer = solve(problem, grid, limit, block)
+    answer = solve(problem, grid, limit)
     return [measured(answer.solution(problem, grid, e), w[e], hessian[e]) for e in range(w.shape[0])]
 
 
@@ -74,21 +80,20 @@ class Problem:
 
     Attributes:
         w: columns in the order in which they are rounded.
-        factors: U of the damped Hessian in that order.
+        feedback: F of the damped Hessian in that order.
+        importance: D, what a squared error in a column costs once the columns behind it have made up for it; in a unit
+            of the expert's own, so that it is near 1 for Hessians of any size.
         order: None where the columns stay.
     """
 
     w: Float[Tensor, "experts out in"]
-    factors: Float[Tensor, "experts in in"]
+    feedback: Float[Tensor, "experts in in"]
+    importance: Float[Tensor, "experts in"]
     order: Int[Tensor, "experts in"] | None
 
-    @property
-    def importance(self) -> Float[Tensor, "experts in"]:
-        """What a squared error in a column costs once the columns behind it have made up for it."""
-        return self.factors.diagonal(dim1=-2, dim2=-1).square().reciprocal()
-
     def part(self, experts: Int[Tensor, " part"]) -> "Problem":
-        return Problem(self.w[experts], self.factors[experts], None if self.order is None else self.order[experts])
+        order = None if self.order is None else self.order[experts]
+        return Problem(self.w[experts], self.feedback[experts], self.importance[experts], order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,76 +143,145 @@ def prepare(
     check_finite(w, names)
     w = w.to(torch.promote_types(w.dtype, torch.float32))
     hessian = hessian.to(w.dtype)
+    columns = column_order(order, w, hessian, damping)
+    if columns is not None:
+        rows = columns[:, :, None].expand_as(hessian)
+        hessian = hessian.gather(1, rows).gather(2, rows.mT)
+        w = w.gather(2, columns[:, None].expand_as(w))
     factors, repairs = factor(hessian, damping, names, fallback)
     for repair in repairs:
         on_repair(repair)
-    columns = column_order(order, w, hessian, factors)
-    if columns is None:
-        return Problem(w, factors, None)
-    rows = columns[:, :, None].expand_as(hessian)
-    hessian = hessian.gather(1, rows).gather(2, rows.mT)
-    # the same repairs as above: the order of the columns changes neither definiteness nor the mean of the diagonal
-    factors, _ = factor(hessian, damping, names, fallback)
-    return Problem(w.gather(2, columns[:, None].expand_as(w)), factors, columns)
+    diagonal = factors.diagonal(dim1=-2, dim2=-1).clone()
+    # squares of the roots as they are could leave float32
+    importance = (diagonal / diagonal.mean(-1, keepdim=True)).square()
+    return Problem(w, factors.div_(diagonal[:, None]), importance, columns)
 
 
-def solve(problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None, block: int = 128) -> Answer:
+def solve(problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None) -> Answer:
     """Round column by column. Raises Unsupported as `gptq`.
 
     Args:
         limit: what a weight on the grid may cost at most, of each expert; None or all infinite: no outliers.
     """
-    w, U = problem.w, problem.factors
-    n = w.shape[2]
-    group = grid.group or max(n, 1)
-    importance = problem.importance
-    dtype = w.dtype
     if limit is not None and torch.isinf(limit).all():
         limit = None
     if limit is not None:
         if not isinstance(grid, Bilevel):
             raise Unsupported(f"{grid!r}: outliers need a grid whose format stores them; bilevel does")
-        dtype = DTYPES[grid.dtype]
-        if w.abs().max() > torch.finfo(dtype).max:
+        if problem.w.abs().max() > torch.finfo(DTYPES[grid.dtype]).max:
             raise Unsupported(f'a weight is too large for an outlier in {grid.dtype}; dtype="bfloat16" reaches further')
-    # [experts, in, out]: a column of weights is contiguous; a copy even where it is so already (one row)
-    W = w.mT.clone(memory_format=torch.contiguous_format)
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
-    outlying = torch.zeros(W.shape, dtype=torch.bool, device=w.device)
-    params: list[Params] = []
-    ready: Params = {}
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        B, E = W[:, start:stop], torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            i = j - start
-            if j % group == 0:
-                # the columns behind the block have not been told of the errors in it
-                behind = slice(stop, max(stop, j + group))
-                ahead = W[:, behind] - U[:, start:j, behind].mT @ E[:, :i]
-                columns = torch.cat([B[:, i : i + group], ahead], dim=1).mT
-                weights = importance[:, j : j + group]
-                if limit is None or not isinstance(grid, Bilevel):
-                    params.append(grid.fit(columns, weights))
-                else:
-                    inner = without_outliers(columns, weights, limit, grid.largest_code)
-                    params.append(grid.fit(inner, weights, original=columns, limit=limit))
-                ready = grid.ready(params[-1])
-            column = B[:, i, :, None]
-            rounded = grid.nearest(column, ready)
-            error = (column - grid.values(rounded, ready))[..., 0] / U[:, j, j, None]
-            codes[:, j] = rounded[..., 0]
-            if limit is not None:
-                far = error.square() > limit[:, None]
-                kept = B[:, i].to(dtype).to(B.dtype)
-                # grown too large for 16 bits: on the grid it has at least the right sign
-                far &= torch.isfinite(kept)
-                error = torch.where(far, (B[:, i] - kept) / U[:, j, j, None], error)
-                codes[:, j].masked_fill_(far, 0)
-                outlying[:, j] = far
-            E[:, i] = error
-            B[:, i + 1 :].addcmul_(U[:, j, j + 1 : stop, None], E[:, i, None], value=-1)
-        W[:, stop:] -= U[:, start:stop, stop:].mT @ E
-    stacked = {key: torch.stack([p[key] for p in params], dim=2) for key in params[0]}
-    # a column is left as it was when it was rounded, so W holds the outliers
-    return Answer(codes.mT.contiguous(), stacked, W.mT, outlying.mT)
+    return _Sweep(problem, grid, limit).answer()
+
+
+class _Sweep:
+    """One pass over the columns. Accumulates: the columns before the one that is being rounded are done.
+
+    Attributes, all `[experts, in, out]` so that a column of weights is contiguous:
+        w: as it was. With outliers, of columns that are done, what each weight was when it was rounded.
+        fed: of a column that is done w - q; of an open one what those that are done, as far as it was told, want of it.
+        codes, outlying: of the columns that are done.
+    """
+
+    def __init__(self, problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None):
+        self._problem, self._grid, self._limit = problem, grid, limit
+        experts, out, self._n = problem.w.shape
+        self._group = grid.group or max(self._n, 1)
+        self.w = _turned(problem.w)
+        self.fed = torch.zeros_like(self.w)
+        self.codes = torch.empty(self.w.shape, dtype=torch.uint8, device=self.w.device)
+        self.outlying = torch.zeros(self.w.shape, dtype=torch.bool, device=self.w.device)
+        self._params: list[Params] = []
+        side = experts if self.w.is_cuda else max(1, CACHED // max(out, 1))
+        self._parts = [slice(e, e + side) for e in range(0, experts, side)]
+        # of the group that is being rounded, for each part
+        self._ready: list[Params] = []
+
+    def answer(self) -> Answer:
+        self._columns(0, self._n)
+        stacked = {key: torch.stack([p[key] for p in self._params], dim=2) for key in self._params[0]}
+        return Answer(_turned(self.codes), stacked, self.w.mT, self.outlying.mT)
+
+    def _columns(self, start: int, stop: int) -> None:
+        """Round columns `start` to `stop`, which were told of all before them: all of a group, or several groups."""
+        if start % self._group == 0 and stop == min(start + self._group, self._n):
+            self._fit(start, stop)
+        if stop - start <= min(KEPT, self._group):
+            for experts, ready in zip(self._parts, self._ready, strict=True):
+                self._few(experts, ready, start, stop)
+            return
+        middle = start + _half(stop - start, self._group if stop - start > self._group else 1)
+        self._columns(start, middle)
+        self._tell(slice(None), start, middle, stop)
+        self._columns(middle, stop)
+
+    def _few(self, experts: slice, ready: Params, start: int, stop: int) -> None:
+        """The same for columns of one group and for some of the experts."""
+        if stop - start == 1:
+            self._round(experts, ready, start)
+            return
+        middle = start + _half(stop - start, 1)
+        self._few(experts, ready, start, middle)
+        self._tell(experts, start, middle, stop)
+        self._few(experts, ready, middle, stop)
+
+    def _tell(self, experts: slice, start: int, middle: int, stop: int) -> None:
+        """Columns from `middle` to `stop` of those before."""
+        wanted = self._problem.feedback[experts, start:middle, middle:stop].mT
+        self.fed[experts, middle:stop].baddbmm_(wanted, self.fed[experts, start:middle])
+
+    def _fit(self, start: int, stop: int) -> None:
+        """The grid to a group, as its weights are when the columns before it have all been made up for."""
+        columns = self.w[:, start:stop]
+        if start > 0:
+            inside = self._problem.feedback[:, start:stop, start:stop].mT
+            away = torch.linalg.solve_triangular(inside, self.fed[:, start:stop], upper=False, unitriangular=True)
+            columns = columns + away
+        columns, weights = columns.mT, self._problem.importance[:, start:stop]
+        if self._limit is None or not isinstance(self._grid, Bilevel):
+            params = self._grid.fit(columns, weights)
+        else:
+            inner = without_outliers(columns, weights, self._limit, self._grid.largest_code)
+            params = self._grid.fit(inner, weights, original=columns, limit=self._limit)
+        self._params.append(params)
+        ready = self._grid.ready(params)
+        self._ready = [{key: value[experts] for key, value in ready.items()} for experts in self._parts]
+
+    def _round(self, experts: slice, ready: Params, j: int) -> None:
+        """One column, which was told of all before it."""
+        w, fed = self.w[experts, j], self.fed[experts, j]
+        column = w + fed
+        rounded = self._grid.nearest(column[..., None], ready)
+        stored = self._grid.values(rounded, ready)[..., 0]
+        codes = self.codes[experts, j].copy_(rounded[..., 0])
+        if self._limit is not None:
+            kept, far = self._outliers(column, stored, experts, j)
+            stored = torch.where(far, kept, stored)
+            codes.masked_fill_(far, 0)
+            self.outlying[experts, j] = far
+        torch.sub(w, stored, out=fed)
+        if self._limit is not None:
+            w.copy_(column)
+
+    def _outliers(
+        self, column: Float[Tensor, "part out"], stored: Float[Tensor, "part out"], experts: slice, number: int
+    ) -> tuple[Float[Tensor, "part out"], Bool[Tensor, "part out"]]:
+        """What the weights of a column would be as outliers, and which of them are."""
+        assert isinstance(self._grid, Bilevel)
+        assert self._limit is not None
+        cost = (column - stored).square() * self._problem.importance[experts, number, None]
+        kept = column.to(DTYPES[self._grid.dtype]).to(column.dtype)
+        # grown too large for 16 bits: on the grid it has at least the right sign
+        return kept, (cost > self._limit[experts, None]) & torch.isfinite(kept)
+
+
+def _half(count: int, unit: int) -> int:
+    """The largest power of two, times `unit`, below `count`."""
+    return unit << (-(-count // unit) - 1).bit_length() - 1
+
+
+def _turned(matrices: Tensor) -> Tensor:
+    """Each matrix transposed, in new memory; one after the other, which torch does several times faster."""
+    turned = matrices.new_empty(matrices.mT.shape)
+    for of, matrix in zip(turned, matrices, strict=True):
+        of.copy_(matrix.T)
+    return turned

@@ -1,8 +1,7 @@
 """H = X^T X of what a linear layer saw: accumulate, shrink towards the pooled one, damp, factor. Batched over experts.
 
-The solver needs U, the upper Cholesky factor of H^-1 (H^-1 = U^T U). With J the reversal of rows and columns and
-J H J = L L^T, R = J L J is upper triangular, H = R R^T and U = R^-1: one factorisation and one triangular inverse,
-where the usual way (factor, invert, factor the inverse) takes three O(n^3) steps.
+The solver needs R, upper triangular with R R^T = H. With J the reversal of rows and columns and J H J = L L^T it is
+J L J: one factorisation, and no inverse.
 
 An expert that saw too little gives a singular H. Failures are found per expert through the `info` of cholesky_ex and
 every repair is handed back as a `Repair`.
@@ -19,13 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from halfbit.errors import NonFinite, NotPositiveDefinite
+from halfbit.solve.loss import finite
 
 Fallback = Literal["identity", "raise"]
 
-# the reference's floor, so that an expert without any input still gets a positive diagonal
+# for an expert without any input, so that it still gets a positive diagonal
 SMALLEST_DAMPING = 1e-6
 # from here on the damped matrix is the identity for all purposes
 LARGEST_DAMPING = 100.0
+# columns of a sum that are added to at a time; for fewer tokens copying the other half would cost more than it saves
+PANEL = 512
+# columns that are factored at a time
+BLOCK = 256
+# from this damping on float32 is enough
+DAMPED = 0.01
 # 1 GiB of float64 per factorisation
 WORKSPACE_ELEMENTS = 1 << 27
 
@@ -51,8 +57,16 @@ class Hessian:
     ) -> None:
         """What one expert saw; with `other`, what it would have seen elsewhere: the sum is then of other x^T."""
         x = x.to(self.sum.device, torch.float32)
-        self.sum[expert].addmm_((x if other is None else other.to(x)).T, x)
+        into, n = self.sum[expert], x.shape[1]
         self.tokens[expert] += x.shape[0]
+        if other is not None or n <= PANEL or x.shape[0] < PANEL:
+            into.addmm_((x if other is None else other.to(x)).T, x)
+            return
+        # of the symmetric sum no more than half, and the blocks on its diagonal, is multiplied
+        for start in range(0, n, PANEL):
+            own = slice(start, start + PANEL)
+            into[own, : start + PANEL].addmm_(x[:, own].T, x[:, : start + PANEL])
+            into[:start, own] = into[own, :start].T
 
     def add_sorted(self, x: Float[Tensor, "tokens in"], starts: Int[Tensor, " bounds"]) -> None:
         """Tokens sorted by expert: `starts[e]` to `starts[e + 1]` belong to expert e."""
@@ -109,10 +123,15 @@ def shrink(
 
 
 def damp(h: Float[Tensor, "experts in in"], damping: float) -> Float[Tensor, "experts in in"]:
-    """A copy with `damping` times the mean of the diagonal added to the diagonal, at least 1e-6."""
-    h = h.clone()
+    """A copy with `damping` times the mean of the diagonal added to the diagonal; 1e-6 where that is zero."""
+    return _damp(h.clone(), damping)
+
+
+def _damp(h: Float[Tensor, "experts in in"], damping: float) -> Float[Tensor, "experts in in"]:
+    """In place."""
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    diagonal += (damping * diagonal.mean(-1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(mean > 0, damping * mean, SMALLEST_DAMPING)
     return h
 
 
@@ -122,28 +141,30 @@ def factor(
     names: Sequence[str],
     fallback: Fallback = "identity",
 ) -> tuple[Float[Tensor, "experts in in"], list[Repair]]:
-    """U with U^T U the inverse of the damped H, and what had to be repaired, expert by expert.
+    """R, upper triangular with R R^T the damped H, and what had to be repaired, expert by expert.
 
-    Computed in float64, returned in the dtype of `h`. In float32 the error of U, for 40 tokens of width 200, is 1e-6 of
-    its norm at damping 0.1 but 1e-3 at 1e-4; float64 takes 1.4 to 2.4 times as long (768 to 1536 columns, CPU).
+    Computed in float64, or in float32 where `damping` is at least DAMPED, and returned in the dtype of `h`.
 
     A Hessian that is not positive definite is tried again with ten times the damping, up to 100 times the mean of the
     diagonal. If that fails too, or if the Hessian is zero because the expert saw nothing, `fallback` decides:
     "identity" (rounding to nearest) or "raise" NotPositiveDefinite.
     """
-    finite = torch.isfinite(h).flatten(1).all(1).tolist()
-    if not all(finite):
-        name = names[finite.index(False)]
-        raise NonFinite(f"{name}: its Hessian has NaN or infinity, so an activation was not finite", tensor=name)
+    if False in (found := finite(h)):
+        name = names[found.index(False)]
+        raise NonFinite(
+            f"{name}: its Hessian has NaN or infinity, so an activation was not finite, or its square not in float32; "
+            "the checkpoint may be damaged, or the model's activations too large for the dtype it runs in",
+            tensor=name,
+        )
     n = h.shape[-1]
     factors = torch.empty_like(h)
     repairs: list[Repair] = []
     at_once = max(1, WORKSPACE_ELEMENTS // max(n * n, 1))
     for start in range(0, h.shape[0], at_once):
-        part = h[start : start + at_once].double()
-        part_factors, info = _factor_once(damp(part, damping))
-        factors[start : start + at_once] = part_factors
-        unseen = part.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+        part = h[start : start + at_once]
+        dtype = h.dtype if damping >= DAMPED else torch.float64
+        factors[start : start + at_once], info = _factor_once(part, damping, dtype)
+        unseen = part.diagonal(dim1=-2, dim2=-1).abs().amax(-1) == 0
         for i in map(int, torch.nonzero((info != 0) | unseen)):
             repaired, repair = _repair(part[i], damping, names[start + i], fallback, unseen=bool(unseen[i]))
             factors[start + i] = repaired
@@ -152,12 +173,27 @@ def factor(
 
 
 def _factor_once(
-    damped: Float[Tensor, "experts in in"],
+    h: Float[Tensor, "experts in in"], damping: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "experts in in"], Int[Tensor, " experts"]]:
-    """U, and 0 per expert where it worked."""
-    lower, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
-    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
-    return torch.linalg.solve_triangular(lower.flip(-1, -2), identity, upper=True), info
+    """R in `dtype`, and 0 per expert where it worked.
+
+    By blocks of columns from the last to the first, so that nearly all of it is large products; LAPACK's takes twice as
+    long in one thread.
+    """
+    a = _damp(h.to(dtype, copy=True), damping)
+    n = a.shape[-1]
+    failed = torch.zeros(len(a), dtype=torch.int32, device=a.device)
+    for stop in range(n, 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        own, above = a[:, start:stop, start:stop], a[:, :start, start:stop]
+        a[:, :stop, start:stop].baddbmm_(a[:, :stop, stop:], a[:, start:stop, stop:].mT, alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
+        failed |= info
+        own.copy_(lower.flip(-1, -2))
+        if start > 0:
+            eye = torch.eye(stop - start, dtype=dtype, device=a.device)
+            above.copy_(above @ torch.linalg.solve_triangular(own, eye, upper=True).mT)
+    return a.triu_(), failed
 
 
 def _repair(
@@ -165,7 +201,7 @@ def _repair(
 ) -> tuple[Float[Tensor, "in in"], Repair]:
     while not unseen and damping < LARGEST_DAMPING:
         damping = min(max(damping, 1e-4) * 10, LARGEST_DAMPING)
-        factors, info = _factor_once(damp(h[None], damping))
+        factors, info = _factor_once(h[None], damping, torch.float64)
         if int(info[0]) == 0:
             return factors[0], Repair(name, "damped", damping)
     repair = Repair(name, "identity", damping)

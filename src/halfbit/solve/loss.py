@@ -10,6 +10,9 @@ from torch import Tensor
 from halfbit.errors import NonFinite
 from halfbit.types import Solution
 
+# columns of the Hessian that are multiplied at a time
+PANEL = 512
+
 
 def relative_loss(
     w: Float[Tensor, "out in"], q: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None
@@ -26,16 +29,32 @@ def measured(solution: Solution, w: Float[Tensor, "out in"], hessian: Float[Tens
     return replace(solution, loss=relative_loss(w, solution.dense(), hessian))
 
 
+def finite(matrices: Float[Tensor, "matrices out in"]) -> list[bool]:
+    """Which matrices have neither NaN nor infinity; several times faster than `isfinite` of every element."""
+    return [bool(torch.isfinite(torch.stack(torch.aminmax(m))).all()) if m.numel() else True for m in matrices]
+
+
 def check_finite(w: Float[Tensor, "experts out in"], names: Sequence[str]) -> None:
     """Raise NonFinite with the name of the first expert whose weights are not finite."""
-    finite = torch.isfinite(w).flatten(1).all(1).tolist()
-    if not all(finite):
-        name = names[finite.index(False)]
+    if False in (found := finite(w)):
+        name = names[found.index(False)]
         raise NonFinite(f"{name}: a weight is NaN or infinite; the checkpoint is damaged", tensor=name)
 
 
 def _energy(d: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None) -> float:
-    """tr(d H d^T)."""
-    through = d if hessian is None else d @ hessian.to(d.dtype)
-    # row sums in the dtype of d, their sum in float64: 10^7 float32 terms would lose two digits
-    return float((through * d).sum(-1).double().sum())
+    """tr(d H d^T); of the symmetric H no more than half, and the blocks on its diagonal, is multiplied."""
+    if hessian is None:
+        return _sum(d.square())
+    total = 0.0
+    for start in range(0, d.shape[1], PANEL):
+        panel = hessian[:, start : start + PANEL].to(d.dtype)
+        own = d[:, start : start + PANEL]
+        through = own @ panel[start : start + PANEL]
+        through.addmm_(d[:, :start], panel[:start], alpha=2)
+        total += _sum(through.mul_(own))
+    return total
+
+
+def _sum(terms: Float[Tensor, "out in"]) -> float:
+    """Row sums in the dtype of the terms, their sum in float64: 10^7 float32 terms would lose two digits."""
+    return float(terms.sum(-1).double().sum())

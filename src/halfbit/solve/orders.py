@@ -7,10 +7,12 @@ loss would cost most: sum over rows of w^2 / [H^-1]_jj, the saliency of the Opti
 
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from halfbit.errors import RecipeError
+from halfbit.solve.hessian import factor
 
 Order = Literal["identity", "act_order", "sensitivity"]
 
@@ -19,18 +21,23 @@ def column_order(
     order: Order,
     w: Float[Tensor, "experts out in"],
     hessian: Float[Tensor, "experts in in"],
-    factors: Float[Tensor, "experts in in"],
+    damping: float,
 ) -> Int[Tensor, "experts in"] | None:
     """Original columns in the order in which they are rounded; None where they stay. Equal ones keep their order.
 
     Args:
         w, hessian: of the columns in their original order; the Hessian undamped.
-        factors: U with U^T U the inverse of the damped Hessian.
+        damping: as the solver's. An expert whose Hessian has to be repaired has the order of the repaired one.
     """
     if order == "identity":
         return None
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    saliency = diagonal if order == "act_order" else w.square().sum(1) / factors.square().sum(1)
+    saliency = hessian.diagonal(dim1=-2, dim2=-1)
+    if order == "sensitivity":
+        factors, _ = factor(hessian, damping, [""] * len(hessian))
+        eye = torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
+        # H^-1 = U^T U of U = R^-1
+        inverse = torch.linalg.solve_triangular(factors, eye, upper=True).square_().sum(1)
+        saliency = w.square().sum(1) / inverse
     return saliency.argsort(dim=-1, descending=True, stable=True)
 
 
