@@ -24,9 +24,7 @@ from halfbit.errors import CheckpointError, FormatError, RecipeError, Unsupporte
 from halfbit.families import open_family
 from halfbit.machine import Rates, Room, measure
 from halfbit.parts import matrices, stored_bits
-from halfbit.plan import Plan, budgeted, plan
-from halfbit.plan_memory import Peak
-from halfbit.plan_time import Clock, Work
+from halfbit.plan_time import Plan, budgeted, plan
 from halfbit.reader import Reader
 
 ROOT = Path(__file__).parent.parent
@@ -245,7 +243,7 @@ def test_times_are_the_arithmetic_of_the_rates(monkeypatch: pytest.MonkeyPatch) 
     # once to observe, once to go on
     assert spent.by["forward passes"] == pytest.approx(80 * 2 * tokens * 2 * (weights + attention) / 1e9)
     # query, key and value share one; gate and up; output; down
-    assert spent.by["Hessians"] == pytest.approx(80 * 2 * tokens * (3 * d * d + inner * inner) / 1e9)
+    assert spent.by["Hessians"] == pytest.approx(80 * 2 * HALF * tokens * (3 * d * d + inner * inner) / 1e9)
     assert spent.by["solver"] == 80 * 7
     assert spent.by["encoding and decoding"] == 80 * 7 / 2
 
