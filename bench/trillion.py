@@ -210,7 +210,7 @@ def run(options: argparse.Namespace, config: dict[str, Any], folder: Path) -> tu
         tokens.append(found.index.numel() // experts)
         return found
 
-    Routed.close = close
+    Routed.close = close  # pyright: ignore[reportAttributeAccessIssue]
     with clock.watching():
         begin = clock.now()
         steps = compress(
@@ -335,7 +335,7 @@ def show(found: dict[str, Share], fast: Solver, wall: float, tokens: list[int], 
 def rows(found: dict[str, Share], fast: Solver, options: argparse.Namespace, precision: str) -> list[dict[str, object]]:
     """Of bench/results.csv: hours of the whole model as seconds, and the solver's share of the float32 rate."""
     threads = torch.get_num_threads() if options.device == "cpu" else ""
-    about = {"shape": "c2048", "tokens": options.tokens, "threads": threads}
+    about: dict[str, object] = {"shape": "c2048", "tokens": options.tokens, "threads": threads}
     ran = f"{options.device}, {precision}, {options.groups} groups of {options.experts} experts in each of 2 layers"
     shares = [
         about
