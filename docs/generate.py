@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "halfbit"
 OTHERS = {
     "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py",
-    "bench/": "products.py: the product against torch; loading.py: verification; generate.py: models of any size",
+    "bench/": "products.py: the product against torch; loading.py: verification; generate.py: models of any size; "
+    "trillion.py: Switch c2048",
     "docs/": "guide.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
     "examples/": "demo.py; tiny-moe/: a small trained model with its texts; configs/: of large models, for plan",
 }

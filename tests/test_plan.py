@@ -24,7 +24,9 @@ from halfbit.errors import CheckpointError, FormatError, RecipeError, Unsupporte
 from halfbit.families import open_family
 from halfbit.machine import Rates, Room, measure
 from halfbit.parts import matrices, stored_bits
-from halfbit.plan_time import Plan, budgeted, plan
+from halfbit.plan import Plan, budgeted, plan
+from halfbit.plan_memory import Peak
+from halfbit.plan_time import HALF, Clock, Work
 from halfbit.reader import Reader
 
 ROOT = Path(__file__).parent.parent

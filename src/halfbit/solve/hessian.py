@@ -28,8 +28,9 @@ SMALLEST_DAMPING = 1e-6
 LARGEST_DAMPING = 100.0
 # columns of a sum that are added to at a time; for fewer tokens copying the other half would cost more than it saves
 PANEL = 512
-# columns that are factored at a time
-BLOCK = 256
+# columns that are factored at a time; from 160 on MKL's potrf gives other bits with another number of threads, also
+# where it was asked for the same
+BLOCK = 128
 # from this damping on float32 is enough
 DAMPED = 0.01
 # 1 GiB of float64 per factorisation
