@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test check format docs bench fuzz torture clean
+.PHONY: demo test check format docs bench fuzz torture cluster clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
@@ -53,6 +53,11 @@ torture: $(VENV)/installed
 	$(RUN) tests/torture.py --kills $(KILLS) --model switch
 	$(RUN) tests/torture.py --writes 0
 	$(RUN) tests/torture.py --full
+
+# the tests with a real Ray cluster, which `make test` leaves out: one of its workers is killed
+cluster: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check "ray>=2.40"
+	$(RUN) -m pytest -q tests/test_cluster.py
 
 # without pip's build isolation: the lock file also pins what the extension is built with, CMake included
 $(VENV)/installed: requirements.lock $(SOURCES)

@@ -78,6 +78,10 @@ class Activations:
         return self.starts[sample + 1] - self.starts[sample]
 
 
+# of a `Routed`
+QUESTIONS = ("hidden", "index", "weights", "keep", "held", "places")
+
+
 class Routed:
     """What one experts module was given: a list buffer with routing. Accumulates batch by batch while a block runs.
 
@@ -149,6 +153,20 @@ class Routed:
         """Rows that the router sends to `expert`, in order, and how much the expert counts for each, float `[rows]`."""
         taken = self._order[self._starts[expert] : self._starts[expert + 1]]
         return taken // self.index.shape[1], self.weights.reshape(-1)[taken]
+
+    def questions(self) -> dict[str, Tensor]:
+        """What `asked` wants: all but the answers."""
+        found = {name: getattr(self, name) for name in QUESTIONS}
+        return found | {"order": self._order, "starts": torch.tensor(self._starts)}
+
+    @classmethod
+    def asked(cls, num_experts: int, questions: dict[str, Tensor]) -> "Routed":
+        """The same in another process, without room for answers; it has attributes and `tokens_of`."""
+        routed = cls(num_experts, 0)
+        for name in QUESTIONS:
+            setattr(routed, name, questions[name])
+        routed._order, routed._starts = questions["order"], questions["starts"].tolist()
+        return routed
 
     def answer(self, call: int) -> Tensor:
         """What the `call`-th recorded call should have returned: its rows of `outputs`, zeros elsewhere."""

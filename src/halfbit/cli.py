@@ -24,7 +24,15 @@ from transformers.utils.logging import disable_progress_bar
 from halfbit import native
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
-from halfbit.errors import CalibrationError, GateError, HalfbitError, RecipeError, UnknownName, Unsupported
+from halfbit.errors import (
+    CalibrationError,
+    ClusterError,
+    GateError,
+    HalfbitError,
+    RecipeError,
+    UnknownName,
+    Unsupported,
+)
 from halfbit.evaluate import evaluate, load
 from halfbit.events import Began, BlockBegan, Event, Finished, Gated, Imported, Noticed, Probed, Solved, Spent, Tuned
 from halfbit.folder import Problem
@@ -82,10 +90,13 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _device(name: str) -> str:
-    if name not in ("cpu", "cuda", "auto"):
-        raise Unsupported(f"--device: expected cpu, cuda or auto, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA torch")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "auto") or (number and (kind != "cuda" or not number.isdecimal())):
+        raise Unsupported(f"--device: expected cpu, cuda, cuda:NUMBER or auto, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Unsupported(f"--device {name}: torch sees no CUDA device here; use --device cpu, or install a CUDA torch")
+    if number and int(number) >= torch.cuda.device_count():
+        raise Unsupported(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -156,7 +167,20 @@ def compress(
             "given several times.",
         ),
     ] = None,
-    device: Device = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Solve groups of experts with a Ray cluster: its address, auto, or local for one on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Of the cluster. [one per GPU, or per machine]", show_default=False)
+    ] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, auto, or several of one kind that share the experts: cuda:0,cuda:1.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL into the folder OUT, which transformers then loads and runs compressed.
@@ -188,7 +212,10 @@ def compress(
         chosen = chosen.budgeted("tau", tau)
     steps = {"steps": tune, "group_steps": tune_groups}
     chosen = chosen.tuned(**{k: v for k, v in steps.items() if v is not None})
-    how: Any = {"device": _device(device), "restart": restart, "offload": offload, "accept": accept or ()}
+    if workers and ray is None:
+        raise ClusterError("--workers: are those of a Ray cluster; give its address with --ray, or --ray local")
+    how: Any = {"device": ",".join(map(_device, device.split(","))), "ray": ray, "workers": workers}
+    how |= {"restart": restart, "offload": offload, "accept": accept or ()}
     if max_loss is not None:
         show_progress(compress_to_loss(model, folder, chosen, calibration, max_loss, **how))
     else:

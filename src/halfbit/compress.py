@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from halfbit import native
 from halfbit.activations import Activations
 from halfbit.allocation import CURVES, Settled, settle
+from halfbit.cluster import hired
+from halfbit.crew import Crew
 from halfbit.errors import CalibrationError, RecipeError
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Noticed, Spent
 from halfbit.expert_groups import run_through
@@ -89,6 +91,8 @@ def compress(
     restart: bool = False,
     offload: str | Path | None = None,
     accept: Collection[str] = (),
+    ray: str | None = None,
+    workers: int = 0,
 ) -> Iterator[Event]:
     """Compress `source` into `folder` by `recipe`, and tune it where the recipe says so.
 
@@ -96,11 +100,14 @@ def compress(
         source: model folder or hub id.
         folder: new or empty folder, or one that holds an interrupted run of the same arguments.
         calibration: text file, .jsonl file or data set name; not needed when every rule rounds to nearest.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; several of one kind, "cuda:0,cuda:1", solve groups of experts side by side, and the
+            blocks run on the first.
         curves: file of what was measured for rules with options, to be shared by several runs; None: of this run alone.
         restart: a run that `folder` holds, whatever it is of, is deleted first.
         offload: folder for the samples' activations, in files without a name, where they would not fit into memory.
         accept: failed gates that do not stop the run, see `Gatekeeper`.
+        ray: address of a Ray cluster whose workers solve groups of experts, or "local"; see `cluster.hired`.
+        workers: of the cluster; 0: one for each GPU, or without them one for each machine.
 
     Yields:
         events, the last of them `Finished`.
@@ -110,24 +117,26 @@ def compress(
     """
     if restart:
         delete_run(Path(folder))
-    how: Any = {"device": device, "revision": revision, "curves": curves, "accept": accept}
+    how: Any = {"revision": revision, "curves": curves, "accept": accept}
     how["offload"] = None if offload is None else Path(offload)
-    if recipe.tuning.steps == 0:
-        writer, solved_on, held = yield from _compress(source, folder, recipe, calibration, **how)
-        yield from _finish(writer, Reader(source, revision), recipe, solved_on, held, device, accept)
-        return
-    reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
-    family = open_family(reader)
-    recipe = with_length(recipe, family)
-    # tuning wants all of the text
-    documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
-    watched = held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
-    writer = _writer(folder, reader, recipe, documents, samples, device)
-    if not writer.complete:
-        yield from _compress(source, untuned, recipe, calibration, **how)
-        yield from tune(reader, untuned, writer, samples, recipe.tuning, device=device)
-    shutil.rmtree(untuned, ignore_errors=True)
-    yield from _finish(writer, reader, recipe, samples[:-watched], samples[-watched:], device, accept)
+    with hired(device, ray, workers) as crew:
+        where = crew.devices[0]
+        if recipe.tuning.steps == 0:
+            writer, solved_on, held = yield from _compress(source, folder, recipe, calibration, crew, **how)
+            yield from _finish(writer, Reader(source, revision), recipe, solved_on, held, where, accept)
+            return
+        reader, untuned = Reader(source, revision), Path(folder) / UNTUNED
+        family = open_family(reader)
+        recipe = with_length(recipe, family)
+        # tuning wants all of the text
+        documents, samples = calibration_samples(reader, family, recipe, calibration, every=True)
+        watched = held_back(len(samples), recipe.tuning)  # now, and not after hours of solving
+        writer = _writer(folder, reader, recipe, documents, samples, where)
+        if not writer.complete:
+            yield from _compress(source, untuned, recipe, calibration, crew, **how)
+            yield from tune(reader, untuned, writer, samples, recipe.tuning, device=where)
+        shutil.rmtree(untuned, ignore_errors=True)
+        yield from _finish(writer, reader, recipe, samples[:-watched], samples[-watched:], where, accept)
 
 
 def _finish(
@@ -157,8 +166,8 @@ def _compress(
     folder: str | Path,
     recipe: Recipe,
     calibration: str | None,
+    crew: Crew,
     *,
-    device: str,
     revision: str | None,
     curves: str | Path | None,
     offload: Path | None,
@@ -169,6 +178,7 @@ def _compress(
     Returns:
         the writer, the samples that were solved on, and those that were held back.
     """
+    device = crew.devices[0]
     reader = Reader(source, revision)
     family = open_family(reader)
     claims, dtype = family.claims(), _compute_dtype(reader, device)
@@ -290,7 +300,7 @@ def _compress(
                     unseen = late.capture(block, module, stack) if late and module is not None else None
                 if pair and not done:
                     given = theirs.pop(stack.path, None)
-                    yield from solve_module(family, stack, pair, recipe, routed, given, unseen, writer, device, profile)
+                    yield from solve_module(family, stack, pair, recipe, routed, given, unseen, writer, crew, profile)
                     del given
                 elif routed is not None:
                     back = _stored(stack, writer, stored) if stored is not None and pair else None
@@ -498,7 +508,7 @@ def calibration_samples(
 def _compute_dtype(reader: Reader, device: str) -> torch.dtype:
     """float32 on a CPU, where half precision is slow and less exact; the model's own dtype elsewhere, as QMoE."""
     named = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"
-    return torch.float32 if device == "cpu" else getattr(torch, named)
+    return torch.float32 if torch.device(device).type == "cpu" else getattr(torch, named)
 
 
 def _made_of(
@@ -513,7 +523,7 @@ def _made_of(
         "model": fingerprint_of(reader, reader.names()),
         "recipe": hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
         "calibration text": tokens.hexdigest(),
-        "device": device,
+        "device": torch.device(device).type,
         "version of halfbit": version("halfbit"),
     }
 

@@ -73,6 +73,10 @@ class CalibrationError(HalfbitError):
     """The calibration or evaluation text cannot give what was asked of it."""
 
 
+class ClusterError(HalfbitError):
+    """A Ray cluster cannot be reached, has no room for the workers, or lost one of them again and again."""
+
+
 class GateError(HalfbitError):
     """Something went wrong without a word, most likely: a gate of the recipe did not let a result pass.
 

@@ -6,6 +6,7 @@ projection, since the neurons of two experts have nothing to do with each other.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,7 +76,7 @@ class Group:
             up_bias=biases(stack.up),
             down_bias=biases((stack.down,)),
             gate=stack.gate(module),
-            post=None if stack.post_norm is None else module.get_submodule(stack.post_norm),
+            post=None if stack.post_norm is None else _on(module.get_submodule(stack.post_norm), device),
         )
 
     def hidden(self, i: int, x: Tensor, up: Tensor | None = None) -> Tensor:
@@ -105,6 +106,12 @@ class Group:
             for chunk, weight in zip(rows.split(EXPERT_TOKENS), weights.split(EXPERT_TOKENS), strict=True):
                 y = self.output(i, routed.hidden[chunk].to(self.up)) * weight.to(self.up)[:, None]
                 routed.outputs.index_add_(0, chunk, y.to(routed.outputs))
+
+
+def _on(module: nn.Module, device: str) -> nn.Module:
+    """The module itself where it is on the device, else a copy that is."""
+    there = all(p.device == torch.empty(0, device=device).device for p in module.parameters())
+    return module if there else deepcopy(module).to(device)
 
 
 def through(flow: Flow, family: Family, block: str, module: nn.Module, size: int, device: str) -> None:

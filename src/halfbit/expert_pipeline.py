@@ -1,43 +1,42 @@
 """The experts of one module on their way from the shards to the writer, group by group; see `pipeline.py`.
 
-One thread reads a group, one solves the group before it, and the loop encodes the one before that, keeps it in the
-journal and adds up what its decoded experts answer. Groups do not depend on each other.
+One thread reads a group, one for each worker solves the groups before it (`crew.py`), and the loop encodes the one
+before those, keeps it in the journal and adds up what its decoded experts answer.
 """
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from halfbit import heap
 from halfbit.activations import Routed
+from halfbit.crew import Crew, Finished, Given, Rules, finish
 from halfbit.errors import Unsupported
 from halfbit.events import Event, Noticed, Solved
-from halfbit.expert_groups import Group, SolvedGroup, batches, differing, judge, max_tokens, solve
+from halfbit.expert_groups import Group, SolvedGroup, batches, judge, max_tokens
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.nn import stored_names
-from halfbit.pipeline import Profile, ahead
-from halfbit.recipe import Recipe, Rule
+from halfbit.pipeline import Profile, ahead, spread
+from halfbit.recipe import Recipe
 from halfbit.storing import keep_experts, kept_experts, put_experts
-from halfbit.tune_group import Gain, summary, tune_group
-from halfbit.types import Packed, Roles, Solution
+from halfbit.tune_group import Gain, summary
+from halfbit.types import Roles
 from halfbit.writer import Writer
-
-Rules = tuple[list[Rule], list[Rule]]
 
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """A group with what was decided about it: now, `solved`, or before the run was interrupted, `kept`."""
+    """A group with what was decided about it: `solved`, or `finished` too, now or before the run was interrupted."""
 
     group: Group
     rules: Rules
     key: str
-    solved: SolvedGroup | None
-    kept: tuple[Roles, dict[str, Any]] | None
+    kept: bool
+    solved: SolvedGroup | Finished
 
 
 def solve_module(
@@ -49,7 +48,7 @@ def solve_module(
     theirs: Tensor | None,
     unseen: Routed | None,
     writer: Writer,
-    device: str,
+    crew: Crew,
     profile: Profile,
 ) -> Iterator[Event]:
     """Solve and write the experts of one module; their outputs go to `routed`, those of the original to `unseen`.
@@ -64,29 +63,31 @@ def solve_module(
             "rows cannot be compared; set [solving] asymmetric = false"
         )
 
+    given = Given(recipe, routed, theirs)
+    shared = crew.begin(given)
+
     def read() -> Generator[Group, None, None]:
-        for experts in batches(stack, recipe.solving.experts_per_batch):
+        for number, experts in enumerate(batches(stack, recipe.solving.experts_per_batch)):
             with profile("reading"):
-                group = Group.read(family, stack, experts, device)
+                group = Group.read(family, stack, experts, crew.devices[number % len(crew.devices)])
             yield group
 
-    def decide() -> Generator[Decided, None, None]:
-        with closing(ahead(read(), profile, "solver waits for weights")) as groups:
-            for group in groups:
-                own = slice(group.experts.start, group.experts.stop)
-                of_group, key = (rules[0][own], rules[1][own]), f"{stack.path}.{own.start}"
-                kept, solved = kept_experts(writer.journal, key), None
-                if kept is None:
-                    with profile("solving"):
-                        solved = solve(group, of_group, recipe, routed, theirs)
-                yield Decided(group, of_group, key, solved, kept)
+    def decide(worker: int, group: Group) -> Decided:
+        own = slice(group.experts.start, group.experts.stop)
+        of_group, key = (rules[0][own], rules[1][own]), f"{stack.path}.{own.start}"
+        kept = kept_experts(writer.journal, key)
+        if kept is not None:
+            return Decided(group, of_group, key, True, kept)
+        with profile("solving"):
+            return Decided(group, of_group, key, False, crew.solve(worker, group, of_group, shared))
 
     packed: Roles = ([], [])
     tokens: list[int] = []
     gains: list[Gain] = []
-    with closing(ahead(decide(), profile, "waiting for the solver")) as decided:
+    weights = ahead(read(), profile, "waiting for weights")
+    with closing(spread(weights, decide, len(crew.devices), profile, "waiting for the solver")) as decided:
         for one in decided:
-            group_packed, facts = one.kept or _finish(one, recipe, routed, theirs, writer, profile)
+            group_packed, facts = _finished(one, given, writer, profile)
             with profile("gates"):
                 if unseen is not None:
                     one.group.run(unseen)
@@ -116,37 +117,15 @@ def solve_module(
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
 
 
-def _finish(
-    one: Decided, recipe: Recipe, routed: Routed | None, theirs: Tensor | None, writer: Writer, profile: Profile
-) -> tuple[Roles, dict[str, Any]]:
-    """A solved group encoded, tuned where the recipe says so, and kept in the journal; the facts go with it."""
-    solved, gain = one.solved, None
-    assert solved is not None
-    with profile("encoding"):
-        packed = _encoded(one.rules, solved)
-    with profile("gates"):
-        wrong = differing(solved, one.group.decoded(*packed))
-    if recipe.tuning.group_steps and routed is not None and solved.training is not None:
-        with profile("tuning groups"):
-            packed, gain = tune_group(one.group, solved, packed, routed, theirs, recipe.tuning)
-    facts = {
-        "notices": solved.notices,
-        "tokens": solved.tokens,
-        "losses": [[s.loss for s in solutions] for solutions in (solved.up, solved.down)],
-        "gain": None if gain is None else asdict(gain),
-        "wrong": wrong,
-    }
-    with profile("writing"):
-        keep_experts(writer.journal, one.key, packed, facts)
-    return packed, facts
-
-
-def _encoded(rules: Rules, solved: SolvedGroup) -> Roles:
-    def role(rules: list[Rule], solutions: list[Solution]) -> list[Packed]:
-        codecs = [rule.codec for rule in rules if rule.codec is not None]
-        return [codec.encode(solution) for codec, solution in zip(codecs, solutions, strict=True)]
-
-    return role(rules[0], solved.up), role(rules[1], solved.down)
+def _finished(one: Decided, given: Given, writer: Writer, profile: Profile) -> Finished:
+    """Encoded, and in the journal."""
+    found = one.solved
+    if isinstance(found, SolvedGroup):
+        found = finish(one.group, one.rules, found, given, profile)
+    if not one.kept:
+        with profile("writing"):
+            keep_experts(writer.journal, one.key, *found)
+    return found
 
 
 def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:

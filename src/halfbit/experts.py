@@ -14,6 +14,7 @@ Matrices are [out, in] here, whatever way round the module stores them.
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -83,7 +84,10 @@ class ExpertStack:
         """What turns the input projections' outputs [T, sum of outs] into the output projection's input."""
         holder = module.get_submodule(self.members[0]) if self.members else module
         if self.activation is None:
-            return holder._apply_gate  # pyright: ignore[reportReturnType]
+            # of its settings alone; without weights it can go to another process
+            bare: Any = copy(holder)
+            bare.__dict__["_parameters"] = {}
+            return partial(type(bare)._apply_gate, bare)
         gated = sum(self.projections[p][0] for p in self.up) == 2 * self.projections[self.down][1]
         act = getattr(holder, self.activation)
         return partial(_gated, act) if gated else act

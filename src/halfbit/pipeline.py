@@ -1,17 +1,20 @@
-"""Steps that overlap: a step is a generator in a thread of its own, one item ahead of whoever reads it.
+"""Steps that overlap: each in threads of its own, `ahead` of whoever reads it by one item, or by one for each worker.
 
-    reading -> solving -> encoding, running, keeping          each `ahead` of the next by one group of experts
+    reading -> solving, `spread` over workers -> encoding, running, keeping          one group of experts after another
 
-Memory holds one item in each step, and the items come in their order, so what is computed is what one thread computes.
+Memory holds one item in each thread, and the items come in their order, so the result is that of one thread.
 """
 
+import threading
 import time
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 END: Any = object()
 
 
@@ -24,15 +27,17 @@ class Profile:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What happens inside counts for `name`. A name belongs to one thread."""
+        """What happens inside counts for `name`; of several threads each second of each."""
         begin = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
 
 
 def ahead(items: Generator[T, None, None], profile: Profile, waiting: str) -> Generator[T, None, None]:
@@ -55,3 +60,27 @@ def ahead(items: Generator[T, None, None], profile: Profile, waiting: str) -> Ge
             yield item
             # or it would live until the next one is there
             del item
+
+
+def spread(
+    items: Generator[T, None, None], work: Callable[[int, T], R], workers: int, profile: Profile, waiting: str
+) -> Generator[R, None, None]:
+    """`work(worker, item)` of each item, in order; worker i takes every `workers`-th item from the i-th on.
+
+    While the reader has one result, each worker has one item at hand. Errors, closing and counting are as of `ahead`.
+    """
+    with closing(items), ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1, f"halfbit-worker-{i}")) for i in range(workers)]
+        coming: deque[Future[R]] = deque()
+
+        def next_result() -> R:
+            with profile(waiting):
+                return coming.popleft().result()
+
+        for number, item in enumerate(items):
+            coming.append(threads[number % workers].submit(work, number % workers, item))
+            del item
+            if len(coming) > workers:
+                yield next_result()
+        while coming:
+            yield next_result()

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from halfbit.compress import calibration_samples, compress, with_length
 from halfbit.errors import GateError, RecipeError
@@ -38,14 +39,17 @@ def compress_to_loss(
     restart: bool = False,
     offload: str | Path | None = None,
     accept: Collection[str] = (),
+    ray: str | None = None,
+    workers: int = 0,
 ) -> Iterator[Event]:
     """Compress with the fewest bits at which the loss rises by no more than the share `most` (0.02: 2 %).
 
-    Gates are as in `compress`; a rate at which one fails is too low, unless it is the highest.
+    Arguments and gates are as of `compress`; a rate at which one fails is too low, unless it is the highest.
 
     Raises:
         RecipeError: not even the highest rate keeps the loss, or the recipe has no rule that takes bits.
     """
+    same: Any = {"device": device, "offload": offload, "accept": accept, "ray": ray, "workers": workers}
     folder = Path(folder)
     if restart:
         delete_run(folder)
@@ -63,7 +67,8 @@ def compress_to_loss(
             f"--max-loss: {len(samples)} samples of text are too few to solve with {recipe.calibration.samples} and "
             f"hold {len(held)} back; give more text or fewer --samples"
         )
-    allowed = _loss(source, held, device) * (1 + most)
+    first = device.split(",")[0]
+    allowed = _loss(source, held, first) * (1 + most)
     account = Account.of(source, recipe)
     low, high, best = account.least, account.most, None
     bits = high
@@ -72,11 +77,9 @@ def compress_to_loss(
         how = recipe.budgeted("bits", bits, account.free)
         curves = folder / TRIALS / "curves.json"
         try:
-            steps = compress(
-                source, trial, how, calibration, device=device, curves=curves, offload=offload, accept=accept
-            )
+            steps = compress(source, trial, how, calibration, curves=curves, **same)
             yield from (event for event in steps if not isinstance(event, Finished))
-            loss = _loss(str(trial), held, device)
+            loss = _loss(str(trial), held, first)
         except GateError as e:
             if best is None:
                 raise
