@@ -3,18 +3,32 @@
 Judged by the loss under the Hessian in float64, against `solve/naive.py`, which rounds in float64.
 """
 
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from compressed import add_tokenizer, chosen, text
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from halfbit.compress import compress
+from halfbit.errors import NonFinite, Unsupported
+from halfbit.formats.grouped import Grouped
+from halfbit.formats.qmoe import QMoE
+from halfbit.formats.runlength import RunLength
+from halfbit.formats.spqr import SpQR
 from halfbit.grids.affine import Affine
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
+from halfbit.recipe import Rule, Solving
 from halfbit.solve import naive
 from halfbit.solve.gptq import gptq
 from halfbit.solve.hessian import Hessian, Repair
 from halfbit.solve.loss import relative_loss
+from halfbit.solving import solve
 from halfbit.types import Grid, Solution
 
 ROWS, COLUMNS = 12, 64
@@ -109,3 +123,61 @@ def test_any_hessian_is_solved_as_well_as_in_float64(grid: Grid, name: str, damp
     worse = 1.15 if damping >= 0.01 else 2.5
     assert loss(w, solution, x) <= worse * loss(w, exact, x) + 1e-9
     assert solution.loss == pytest.approx(loss(w, solution, x), rel=1e-3, abs=1e-6)
+
+
+WEIGHTS: dict[str, Tensor] = {
+    "denormal": 1e-40 * weights(),
+    "small": 1e-30 * weights(),
+    "large": 1e30 * weights(),
+    "bfloat16's largest": 3.3e38 * weights().sign() * torch.rand(ROWS, COLUMNS, generator=generator(3)),
+    "one large": weights().index_put((torch.tensor(0), torch.tensor(3)), torch.tensor(3e38)),
+    "rows of all sizes": weights() * torch.logspace(-38, 37, ROWS)[:, None],
+}
+
+
+@all_grids
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_any_weights_are_solved_or_refused_by_name(grid: Grid, name: str) -> None:
+    """The loss that is told is that of the result: not 0 because squares vanish, nor infinite."""
+    w, x = WEIGHTS[name], inputs()
+    codec = {
+        "ternary": QMoE(),
+        "deadzone": RunLength(),
+        "affine": Grouped(4, 16),
+        "bilevel": SpQR(supergroup=4, dtype="bfloat16"),
+    }[grid.name]
+    rule = Rule(match="*", solver="gptq", grid=grid, codec=codec)
+    try:
+        (solution,) = solve(w[None], accumulated(x), [rule], Solving(), ["layer.7"], [])
+    except (NonFinite, Unsupported) as error:
+        refused = str(error)
+        assert w.abs().max() > 1e37, refused
+        assert "layer.7" in refused
+        return
+    assert torch.isfinite(solution.dense()).all()
+    exact = naive.error_feedback(w, x.double().T @ x.double(), grid, 0.1)
+    assert loss(w, solution, x) <= 1.15 * loss(w, exact, x)
+    assert solution.loss == pytest.approx(loss(w, solution, x), rel=1e-3)
+
+
+def test_activations_beyond_float16_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float16 model runs in float32 on a CPU, where they are handled; in float16, as on a GPU, the block is named."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_hidden_layers=2, **sizes)).half()
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1000)
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(3e4)
+    add_tokenizer(tmp_path / "source")
+    model.save_pretrained(tmp_path / "source")
+    given = str(tmp_path / "source"), chosen("gptq-4-g128"), text(tmp_path / "source")
+    list(compress(given[0], tmp_path / "handled", *given[1:]))
+    monkeypatch.setattr(import_module("halfbit.compress"), "_compute_dtype", lambda *_: torch.float16)
+    with pytest.raises(NonFinite, match=r"model\.layers\.0") as caught:
+        list(compress(given[0], tmp_path / "refused", *given[1:]))
+    assert caught.value.tensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbit.errors import RecipeError, Unsupported
+from halfbit.errors import NonFinite, RecipeError, Unsupported
 from halfbit.formats.runlength import RunLength
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import LEAST, MOST, Deadzone
@@ -128,9 +128,17 @@ def _solve(
 
 @contextmanager
 def _naming(names: list[str]) -> Iterator[None]:
-    """Grids do not know which matrix they are fitted to: their Unsupported gets the first name."""
+    """Grids do not know which matrix they are fitted to: their errors get the first name."""
     try:
         yield
+    except NonFinite as e:
+        if e.tensor is not None:
+            raise
+        others = " and others" if len(names) > 1 else ""
+        raise NonFinite(
+            f"{names[0]}{others}: {e}; what was read is finite, so error feedback went too far: are these weights?",
+            tensor=names[0],
+        ) from e
     except Unsupported as e:
         raise Unsupported(f"{names[0]}{' and others' if len(names) > 1 else ''}: {e}") from e
 

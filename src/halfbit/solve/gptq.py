@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from halfbit.errors import RecipeError, Unsupported
+from halfbit.errors import NonFinite, RecipeError, Unsupported
 from halfbit.grids.bilevel import DTYPES, Bilevel
 from halfbit.solve.hessian import Fallback, OnRepair, factor, warn_of
-from halfbit.solve.loss import check_finite, measured
+from halfbit.solve.loss import check_finite, finite, measured
 from halfbit.solve.orders import Order, check_order, column_order
 from halfbit.solve.outliers import threshold, without_outliers
 from halfbit.types import Grid, Outliers, Params, Solution
@@ -62,6 +62,7 @@ def gptq(
     Raises:
         RecipeError: an unknown order, a tau that is negative or not a number.
         Unsupported: outliers on a grid other than Bilevel, or weights that its dtype cannot hold.
+        NonFinite: weights or Hessians that are not finite, or so large that error feedback is not.
     """
     problem = prepare(w, hessian, names=names, damping=damping, order=order, fallback=fallback, on_repair=on_repair)
     limit = None
@@ -198,6 +199,8 @@ class _Sweep:
 
     def answer(self) -> Answer:
         self._columns(0, self._n)
+        if not all(finite(self.fed)):
+            raise NonFinite("weights are so large that what one column wants of the others is beyond float32")
         stacked = {key: torch.stack([p[key] for p in self._params], dim=2) for key in self._params[0]}
         return Answer(_turned(self.codes), stacked, self.w.mT, self.outlying.mT)
 

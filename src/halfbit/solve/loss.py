@@ -12,6 +12,8 @@ from halfbit.types import Solution
 
 # columns of the Hessian that are multiplied at a time
 PANEL = 512
+# energies beyond these are computed in float64
+LEAST, MOST = 1e-20, 1e30
 
 
 def relative_loss(
@@ -19,6 +21,9 @@ def relative_loss(
 ) -> float:
     """The undamped H; None is the identity. 0 / 0 is 0: a layer whose output is always zero has no error."""
     error, whole = _energy(q - w, hessian), _energy(w, hessian)
+    if w.dtype != torch.float64 and not (LEAST < whole < MOST and error < MOST):
+        # squares that have left float32, or nearly
+        return relative_loss(w.double(), q.double(), hessian)
     if error <= 0:
         return 0.0
     return error / whole if whole > 0 else float("inf")
