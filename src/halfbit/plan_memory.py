@@ -21,6 +21,8 @@ from halfbit.teacher import EXPERTS
 F32, F64 = 4, 8
 # float64 matrices' worth of memory while one is damped and factored
 FACTORING = 2
+# weights of other groups while one is solved, in weights of a group
+PIPELINE = 3
 # copies of the Hessians while they move towards the pooled one
 SHRINKING = 3
 # what libraries add to the process that plans, until it solves; and tokenizer, text and what products leave behind
@@ -170,7 +172,8 @@ def experts_bytes(
     second += up // F32 + (2 * up + down if asymmetric else 0)
     codes = (up + down) // F32
     decoded = codes + up + down + max(up, down) + (up + down if asymmetric else 0)
-    return up + down + max(first, second, decoded, seen)
+    # and of the group that is read meanwhile its weights, of the one that is in use those and what they decode to
+    return (1 + PIPELINE) * (up + down) + max(first, second, decoded, seen)
 
 
 def _options(rule: Rule) -> list[Rule]:
