@@ -13,8 +13,9 @@ For each block (QMoE, arXiv 2310.16795, section 3.2, and the published code's or
     commit the block: one file, then its lines in the manifest
 
 An embedding is rounded before the first block runs, the output head is solved after the last. Device memory holds one
-block without experts and one group of experts. A run that was interrupted starts again with the same arguments;
-committed blocks are read back instead of solved, and of the block that was open what the journal has (`journal.py`).
+block without experts, one group of experts and the weights of its neighbours (`expert_pipeline.py`). A run that was
+interrupted starts again with the same arguments; committed blocks are read back instead of solved, and of the block
+that was open what the journal has (`journal.py`).
 """
 
 import hashlib
