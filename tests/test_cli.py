@@ -225,7 +225,7 @@ def test_bad_input_exits_with_2_and_one_message(folder, tmp_path) -> None:
         ("compress", model, out, "--calibration", "nowhere.txt"): "no such text file",
         ("compress", model, out, "--calibration", text, "--samples", "99999"): "asked for 99999 samples",
         ("compress", model, out, "--calibration", text, "--samples", "0"): "greater than or equal to 1",
-        ("compress", model, out, "--calibration", text, "--device", "tpu"): "expected cpu, cuda or auto",
+        ("compress", model, out, "--calibration", text, "--device", "tpu"): "expected cpu, cuda, cuda:NUMBER or auto",
         ("compress", model, model, "--calibration", text, "--samples", "8"): "not empty",
         ("compress", folder, out, "--calibration", text): "already compressed",
         ("eval", tmp_path / "nothing", "--text", text): "nothing",

@@ -38,7 +38,7 @@ from halfbit.types import Solution
 TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 CALIBRATION = str(TINY / "calibration.txt")
 LOOP: Any = sys.modules["halfbit.compress"]
-EXPERTS_LOOP: Any = sys.modules["halfbit.expert_pipeline"]
+CREW: Any = sys.modules["halfbit.crew"]
 BLOCK = "model.layers.0"
 EXPERTS = f"{BLOCK}.mlp.experts"
 
@@ -49,11 +49,11 @@ def how(name: str = "qmoe") -> Recipe:
 
 def sabotaged(monkeypatch: pytest.MonkeyPatch, change: Callable[[SolvedGroup], SolvedGroup], step: str) -> None:
     """Where it is solved, as if the solver were wrong, or where that is encoded, as if the codec were."""
-    encode, solve = EXPERTS_LOOP._encoded, EXPERTS_LOOP.solve
+    encode, solve = CREW._encoded, CREW.solve
     if step == "solve":
-        monkeypatch.setattr(EXPERTS_LOOP, "solve", lambda *args: change(solve(*args)))
+        monkeypatch.setattr(CREW, "solve", lambda *args: change(solve(*args)))
     else:
-        monkeypatch.setattr(EXPERTS_LOOP, "_encoded", lambda rules, solved: encode(rules, change(solved)))
+        monkeypatch.setattr(CREW, "_encoded", lambda rules, solved: encode(rules, change(solved)))
 
 
 def of_expert(number: int, change: Callable[[Solution], Solution], role: str = "up") -> Callable[..., SolvedGroup]:

@@ -52,7 +52,7 @@ class Fake:
         self, source: str, folder: Path, how: recipe.Recipe, text: str, *, device: str, curves: Path, **others: Any
     ) -> Iterator[Event]:
         assert curves.name == "curves.json"
-        assert others == {"offload": None, "accept": ()}
+        assert others == {"offload": None, "accept": (), "ray": None, "workers": 0}
         assert not (folder / "config.json").exists()
         folder.mkdir(parents=True)
         self.tried.append(how.rules[0].bits)

@@ -71,7 +71,7 @@ def finish(group: Group, rules: Rules, solved: SolvedGroup, given: Given, profil
     """A solved group encoded, and tuned where the recipe says so."""
     gain = None
     with profile("encoding"):
-        packed = _encoded(rules[0], solved.up), _encoded(rules[1], solved.down)
+        packed = _encoded(rules, solved)
     with profile("gates"):
         wrong = differing(solved, group.decoded(*packed))
     if given.recipe.tuning.group_steps and given.routed is not None and solved.training is not None:
@@ -86,6 +86,9 @@ def finish(group: Group, rules: Rules, solved: SolvedGroup, given: Given, profil
     }
 
 
-def _encoded(rules: list[Rule], solutions: list[Solution]) -> list[Packed]:
-    codecs = [rule.codec for rule in rules if rule.codec is not None]
-    return [codec.encode(solution) for codec, solution in zip(codecs, solutions, strict=True)]
+def _encoded(rules: Rules, solved: SolvedGroup) -> Roles:
+    def role(rules: list[Rule], solutions: list[Solution]) -> list[Packed]:
+        codecs = [rule.codec for rule in rules if rule.codec is not None]
+        return [codec.encode(solution) for codec, solution in zip(codecs, solutions, strict=True)]
+
+    return role(rules[0], solved.up), role(rules[1], solved.down)
