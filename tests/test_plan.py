@@ -23,11 +23,12 @@ from halfbit.cli import app
 from halfbit.errors import CheckpointError, FormatError, RecipeError, Unsupported
 from halfbit.families import open_family
 from halfbit.machine import Rates, Room, measure
-from halfbit.parts import matrices, stored_bits
+from halfbit.parts import FEEDBACK, matrices, stored_bits
 from halfbit.plan import Plan, budgeted, plan
 from halfbit.plan_memory import Peak
 from halfbit.plan_time import HALF, Clock, Work
 from halfbit.reader import Reader
+from halfbit.types import Solution
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "configs"
@@ -142,6 +143,22 @@ def test_bits_of_data_dependent_codes_are_those_of_the_codec() -> None:
     assert 0.70 < bits < 0.81
     # one row more costs as much as one row
     assert stored_bits(rule, (64, 2080))[0] == pytest.approx(bits, rel=0.02)
+
+
+def test_bits_follow_the_weights_where_there_are_some() -> None:
+    rule, random = recipe.load("qmoe").rules[0], torch.Generator().manual_seed(0)
+    assert rule.grid is not None
+    assert rule.codec is not None
+    w = torch.randn(512, 300, generator=random)
+    w += 0.1 * w**3
+    params = rule.grid.fit(w)
+    codes = rule.grid.nearest(FEEDBACK * w, rule.grid.ready(params))
+    whole = rule.codec.encode(Solution(rule.grid, codes, {k: v[:, None] for k, v in params.items()}))
+    assert stored_bits(rule, (512, 300), w[::4])[0] == pytest.approx(whole.bits_per_weight, rel=0.03)
+    assert stored_bits(rule, (512, 300))[0] > 1.15 * whole.bits_per_weight
+    here, alone = (plan(path, recipe.load("qmoe"), timed=False).assumptions for path in (TINY, TINY / "config.json"))
+    assert sum("as of 128 rows of an expert" in told for told in here) == 2
+    assert sum("as of normal ones" in told for told in alone) == 2
 
 
 def test_what_does_not_fit_is_named_with_an_option_that_helps() -> None:

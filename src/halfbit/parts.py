@@ -1,24 +1,32 @@
 """What a recipe makes of each part of a model, in bytes, before anything is solved.
 
 Bits follow from the rule where it names them, and from the format where that has one size. Where they depend on the
-weights, a few rows of random ones are rounded and encoded, and what that assumes is said:
+weights, a few rows are rounded and encoded, and what that assumes is said:
 
-- ternary between a row's least and greatest weight: normal weights, made larger by what GPTQ feeds back (`FEEDBACK`);
+- ternary between a row's least and greatest weight: rows of the first expert of that shape where the folder has its
+  weights, else normal ones, made larger by what GPTQ feeds back (`FEEDBACK`);
 - outliers by threshold: random weights, solved on random inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from math import prod
+from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from halfbit.blueprint import Blueprint
+from halfbit.experts import ExpertStack
+from halfbit.families import open_family
+from halfbit.family import Family
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.linear_groups import choose
 from halfbit.linears import find_linears
+from halfbit.reader import Folder, Reader
 from halfbit.recipe import Recipe, Rule, Solving
 from halfbit.sizes import ALL_OPTIONS, ONCE, PER_CHOICE, PER_FIELD, PER_MATRIX, PER_TENSOR
 from halfbit.solving import blank_bits, solve
@@ -88,13 +96,14 @@ def matrices(blueprint: Blueprint, recipe: Recipe) -> list[Matrices]:
     Raises RecipeError as `choose`.
     """
     found = []
-    family = blueprint.family
+    family, samples = blueprint.family, _Samples(blueprint)
     for path, stack in blueprint.stacks.items():
         for names in (stack.up, (stack.down,)):
             rule = recipe.rule(f"{path}.{names[0]}")
             if rule is not None:
                 shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
-                bits, why = stored_bits(rule, shape)
+                sample = samples.rows(stack, names, shape) if isinstance(rule.grid, Ternary | Deadzone) else None
+                bits, why = stored_bits(rule, shape, sample)
                 found.append(
                     Matrices("experts", path, family.block_of(path), rule, shape, stack.num_experts, bits, why)
                 )
@@ -184,15 +193,51 @@ def _described(packed: list[Matrices], plain: int) -> float:
     return about
 
 
+class _Samples:
+    """Rows of experts of a local folder. Accumulates: one sample for each shape, read when it is first asked for."""
+
+    def __init__(self, blueprint: Blueprint):
+        files = blueprint.reader.files
+        whole = isinstance(files, Folder) and Path(blueprint.reader.source).is_dir()
+        self._source = (
+            blueprint.reader.source if whole and any(n.endswith(".safetensors") for n in files.names()) else None
+        )
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    def rows(self, stack: ExpertStack, names: Sequence[str], shape: tuple[int, int]) -> Tensor | None:
+        """Some rows of the first expert's projections `names`, float32; None where there are no weights."""
+        if self._source is not None and shape not in self._found:
+            if stack.members:
+                weights = [self._reader.tensor(stack.parameters(name)[0]) for name in names]
+            else:
+                weights = [self._family.expert_weights(stack, name, 0, 1)[0] for name in names]
+            whole = torch.cat(weights).float()
+            self._found[shape] = whole[torch.linspace(0, len(whole) - 1, ROWS[1]).long()]
+        return self._found.get(shape)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        assert self._source is not None
+        return Reader(self._source)
+
+    @cached_property
+    def _family(self) -> Family:
+        return open_family(self._reader)
+
+
 @cache
-def stored_bits(rule: Rule, shape: tuple[int, int]) -> tuple[float, str | None]:
-    """Stored bits per weight of matrices `[out, in]` under a rule, and what that assumes of the weights or None."""
+def stored_bits(rule: Rule, shape: tuple[int, int], sample: Tensor | None = None) -> tuple[float, str | None]:
+    """Stored bits per weight of matrices `[out, in]` under a rule, and what that assumes of the weights or None.
+
+    `sample` is ROWS[1] rows of such a matrix; None: normal weights.
+    """
     if rule.bits is not None:
         return rule.bits, None
     if isinstance(rule.grid, Ternary | Deadzone):
-        few, many = (_rounded(rule, rows, shape[1]) for rows in ROWS)
-        zeros = many[1]
-        return _extended(shape, few[0], many[0]), f"{zeros:.1%} of the ternary weights are 0, as of normal ones"
+        w = torch.randn(ROWS[1], shape[1], generator=torch.Generator().manual_seed(0)) if sample is None else sample
+        few, many = (_rounded(rule, w[torch.linspace(0, len(w) - 1, rows).long()]) for rows in ROWS)
+        like = "normal ones" if sample is None else f"{len(w)} rows of an expert"
+        return _extended(shape, few[0], many[0]), f"{many[1]:.1%} of the ternary weights are 0, as of {like}"
     few, many = (blank_bits((rows, shape[1]), rule) * rows * shape[1] / 8 for rows in ROWS)
     bits, share = _extended(shape, few, many), 0.0
     if rule.outliers is not None:
@@ -209,11 +254,10 @@ def _extended(shape: tuple[int, int], few: float, many: float) -> float:
     return 8 * (few + (shape[0] - ROWS[0]) * each) / prod(shape)
 
 
-def _rounded(rule: Rule, rows: int, columns: int) -> tuple[float, float]:
-    """Bytes of so many rows, and their share of zeros."""
+def _rounded(rule: Rule, w: Tensor) -> tuple[float, float]:
+    """Bytes of some rows, and their share of zeros."""
     assert rule.grid is not None
     assert rule.codec is not None
-    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     params = rule.grid.fit(w)
     larger = w if rule.solver == "rtn" else FEEDBACK * w
     codes = rule.grid.nearest(larger, rule.grid.ready(params))

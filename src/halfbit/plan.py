@@ -109,7 +109,8 @@ def plan(
     """Predict what `compress` with the same arguments takes.
 
     Args:
-        source: model folder, hub id, or a config.json; nothing but config.json is read (and how large files are).
+        source: model folder, hub id, or a config.json; nothing but config.json is read (and how large files are),
+            and of a local folder with weights some rows of experts.
         recipe: with its calibration and its budget.
         out: where the folder would be, for the free space there.
         device: "cpu" or "cuda".
