@@ -81,7 +81,7 @@ class Worker:
         group = replace(
             group, **{name: w.to(self._device) for name in WEIGHTS if (w := getattr(group, name)) is not None}
         )
-        found = finish(group, rules, solve(group, rules, recipe, given.routed, theirs), given, Profile())
+        found, _ = finish(group, rules, solve(group, rules, recipe, given.routed, theirs), given, Profile())
         heap.trim()
         return found
 

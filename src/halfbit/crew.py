@@ -67,23 +67,27 @@ class Devices:
         return solve(group, rules, given.recipe, given.routed, given.theirs)
 
 
-def finish(group: Group, rules: Rules, solved: SolvedGroup, given: Given, profile: Profile) -> Finished:
-    """A solved group encoded, and tuned where the recipe says so."""
+def finish(
+    group: Group, rules: Rules, solved: SolvedGroup, given: Given, profile: Profile
+) -> tuple[Finished, Group | None]:
+    """A solved group encoded, and tuned where the recipe says so; and what it decodes to, unless tuning changed it."""
     gain = None
     with profile("encoding"):
         packed = _encoded(rules, solved)
     with profile("gates"):
-        wrong = differing(solved, group.decoded(*packed))
+        decoded = group.decoded(*packed)
+        wrong = differing(solved, decoded)
     if given.recipe.tuning.group_steps and given.routed is not None and solved.training is not None:
         with profile("tuning groups"):
             packed, gain = tune_group(group, solved, packed, given.routed, given.theirs, given.recipe.tuning)
-    return packed, {
+    facts = {
         "notices": solved.notices,
         "tokens": solved.tokens,
         "losses": [[s.loss for s in solutions] for solutions in (solved.up, solved.down)],
         "gain": None if gain is None else asdict(gain),
         "wrong": wrong,
     }
+    return (packed, facts), decoded if gain is None else None
 
 
 def _encoded(rules: Rules, solved: SolvedGroup) -> Roles:

@@ -87,7 +87,7 @@ def solve_module(
     weights = ahead(read(), profile, "waiting for weights")
     with closing(spread(weights, decide, len(crew.devices), profile, "waiting for the solver")) as decided:
         for one in decided:
-            group_packed, facts = _finished(one, given, writer, profile)
+            (group_packed, facts), decoded = _finished(one, given, writer, profile)
             with profile("gates"):
                 if unseen is not None:
                     one.group.run(unseen)
@@ -102,7 +102,7 @@ def solve_module(
                     writer.record("matrices", f"{name}.{of_role}", fact)
                     yield Solved(f"{name}.{of_role}", loss, encoded.bits_per_weight, n)
             with profile("running experts"):
-                decoded = one.group.decoded(*group_packed)
+                decoded = decoded or one.group.decoded(*group_packed)
                 if routed is not None:
                     decoded.run(routed)
             with profile("gates"):
@@ -117,15 +117,15 @@ def solve_module(
         writer.record("coverage", stack.path, _coverage(recipe, routed, tokens))
 
 
-def _finished(one: Decided, given: Given, writer: Writer, profile: Profile) -> Finished:
-    """Encoded, and in the journal."""
-    found = one.solved
+def _finished(one: Decided, given: Given, writer: Writer, profile: Profile) -> tuple[Finished, Group | None]:
+    """Encoded, and in the journal; and what it decodes to, where that is known."""
+    found, decoded = one.solved, None
     if isinstance(found, SolvedGroup):
-        found = finish(one.group, one.rules, found, given, profile)
+        found, decoded = finish(one.group, one.rules, found, given, profile)
     if not one.kept:
         with profile("writing"):
             keep_experts(writer.journal, one.key, *found)
-    return found
+    return found, decoded
 
 
 def _coverage(recipe: Recipe, routed: Routed, tokens: list[int]) -> dict[str, Any]:
