@@ -13,7 +13,8 @@ from halfbit import cli
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "halfbit"
 OTHERS = {
-    "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py",
+    "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py; "
+    "triton_*.py: run by test_triton.py, interpreted",
     "bench/": "products.py: the product against torch; loading.py: verification; generate.py: models of any size; "
     "trillion.py: Switch c2048",
     "docs/": "guide.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",

@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 LAYERS = (
     {"errors", "rotation", "learner"},
     {"disk", "heap", "pipeline"},
-    {"types", "native", "events"},
+    {"types", "native", "events", "triton_support"},
     {"untrusted"},
     {"registry", "bits", "config", "dequantize"},
     {"grids", "reader", "experts", "linears"},

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from halfbit import native
+from halfbit import native, registry, triton_support
 from halfbit import recipe as recipes
 from halfbit.compress import compress as run_compress
 from halfbit.errors import (
@@ -510,8 +510,17 @@ def _backends() -> dict[str, tuple[bool, str]]:
     return {
         "reference (torch)": (True, "always there; used where no kernel is"),
         "cpu (C++)": (found, f"instructions: {native.isa()}" if found else native.reason),
-        "cuda": (False, "no CUDA kernel yet; CUDA tensors use the reference"),
+        **{f"gpu (Triton): {name}": _triton(name) for name in registry.names("formats")},
     }
+
+
+def _triton(name: str) -> tuple[bool, str]:
+    if not triton_support.has_kernels(name):
+        return False, "no kernels for this format; GPU tensors use the reference"
+    why_not = triton_support.why_not()
+    return not why_not, why_not or (
+        "interpreted, slow" if triton_support.INTERPRETED else "for CUDA, ROCm and XPU tensors"
+    )
 
 
 def _show_report(report: dict[str, Any]) -> None:

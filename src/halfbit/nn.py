@@ -20,6 +20,7 @@ from halfbit.experts import ExpertStack
 from halfbit.formats._grouped_product import one_group
 from halfbit.layout import Entry, packed_name
 from halfbit.linears import WEIGHT
+from halfbit.triton_support import has_kernels, runs_on
 from halfbit.types import Codec, Packed
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -60,16 +61,21 @@ class PackedMatrix(nn.Module):
             if getattr(self, name).numel() == 0:
                 # an empty slice of a file shares its address with the next tensor, which torch.save refuses
                 setattr(self, name, torch.empty_like(getattr(self, name)))
-        packed = self.packed()
-        self.entry.check(packed)
+        self.entry.check(self.packed())
+        self._derive()
+        return self
+
+    def _derive(self) -> None:
+        for name in self._derived:
+            if name not in self.entry.tensors:
+                delattr(self, name)
         self._derived.clear()
-        for number, tensor in enumerate(self.codec.runtime(packed)):
+        for number, tensor in enumerate(self.codec.runtime(self.packed())):
             same = next((n for n in self.entry.tensors if getattr(self, n) is tensor), None)
             if same is None:
                 same = f"runtime_{number}"
                 self.register_buffer(same, tensor, persistent=False)
             self._derived.append(same)
-        return self
 
     def operands(self) -> list[Tensor]:
         """What the codec's product takes."""
@@ -86,7 +92,16 @@ class PackedMatrix(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # pyright: ignore[reportReturnType]
+        before = self._device()
+        super()._apply(keep_dtype, recurse)
+        after = self._device()
+        # operands are arranged for the kernels of the device
+        if self._derived and after.type != "meta" and runs_on(before) != runs_on(after):
+            self._derive()
+        return self
+
+    def _device(self) -> torch.device:
+        return next(iter(self.buffers())).device
 
     def extra_repr(self) -> str:
         return f"{self.codec!r}, experts={self.shape[0]}, out={self.shape[1]}, in={self.shape[2]}"
@@ -177,6 +192,7 @@ def experts_forward(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     post: Callable[[Tensor], Tensor] | None = None,
+    waiting: bool = True,
 ) -> Tensor:
     """A Mixture-of-Experts layer over grouped products: sort tokens by expert, multiply, gate, multiply, weigh, sum.
 
@@ -185,6 +201,7 @@ def experts_forward(
         index, weights: `[tokens, top_k]`; an index outside [0, num_experts) takes no expert.
         up, down: grouped products `(x sorted by expert, starts) -> y`.
         up_bias, down_bias: `[experts, features]`.
+        waiting: hand `starts` to the products on the CPU, for which a device is waited for; False: leave it there.
 
     Returns:
         `[tokens, width]` in the dtype of `hidden`; expert outputs are summed in float32.
@@ -192,21 +209,30 @@ def experts_forward(
     flat = index.reshape(-1)
     expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     expert, order = torch.sort(expert, stable=True)
-    # once to the CPU, where products want it: every further look would wait for the device again
-    starts = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device)).cpu()
-    taken = int(starts[-1])
-    expert, order = expert[:taken], order[:taken]
+    starts = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device))
+    if waiting:
+        # once to the CPU, where products want it: every further look would wait for the device again
+        starts = starts.cpu()
+        taken = int(starts[-1])
+        expert, order = expert[:taken], order[:taken]
     token = order // index.shape[1]
 
     x = up(hidden[token], starts)
+    # of what no expert takes there is no bias either
+    own = expert if waiting else expert.clamp(max=num_experts - 1)
     if up_bias is not None:
-        x = x + up_bias[expert].to(x.dtype)
+        x = x + up_bias[own].to(x.dtype)
     y = down(gate(x).contiguous(), starts)
     if down_bias is not None:
-        y = y + down_bias[expert].to(y.dtype)
+        y = y + down_bias[own].to(y.dtype)
     if post is not None:
         y = post(y)
     y = y.to(torch.float32) * weights.reshape(-1)[order].to(torch.float32)[:, None]
+    if not waiting:
+        # what no expert takes was not computed; each token adds its experts in the order in which it names them, which
+        # index_add_ does not on a GPU
+        y = y.masked_fill_((expert == num_experts)[:, None], 0)
+        return torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, -1).sum(1).to(hidden.dtype)
     total = torch.zeros(hidden.shape[0], y.shape[1], dtype=torch.float32, device=hidden.device)
     return total.index_add_(0, token, y).to(hidden.dtype)
 
@@ -247,6 +273,7 @@ def experts_op(
         gate=lambda x: GATES[gate](x, *gate_arguments),
         up_bias=up_bias,
         down_bias=down_bias,
+        waiting=not (runs_on(hidden.device) and has_kernels(first.name) and has_kernels(second.name)),
     )
 
 

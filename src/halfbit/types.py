@@ -171,7 +171,9 @@ class Codec(Protocol):
         ...
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """What `product` needs: the stored tensors and what is derived from them (offsets), in a fixed order."""
+        """What `product` needs: the stored tensors and what is derived from them (offsets), in a fixed order.
+
+        For the device that the tensors are on: what Triton kernels take may be arranged otherwise, without loss."""
         ...
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
@@ -180,7 +182,9 @@ class Codec(Protocol):
         Args:
             x: `[tokens, in]`, float32, bfloat16 or float16, sorted by group.
             starts: int64 `[groups + 1]` on the CPU; tokens `starts[g]` to `starts[g + 1]` multiply matrix `g`, that is
-                rows `g * out_features` to `(g + 1) * out_features` of the packed tall matrix.
+                rows `g * out_features` to `(g + 1) * out_features` of the packed tall matrix. Where the format's Triton
+                kernels serve `x` (`triton_support.py`), it may be on the device of `x`; rows of the result from
+                `starts[-1]` on are then undefined.
             tensors: what `runtime` gave.
             out_features: rows of one matrix.
 

@@ -1,0 +1,162 @@
+"""Triton: where its kernels run, or why they do not, and the launch configurations of each device.
+
+How a format gets kernels for GPUs:
+
+    formats/NAME/triton.py      kernels and the functions that launch them; the only files that import triton
+    backend(NAME, tensor)       that module, imported when first asked for, or None where other code must do it
+
+`Codec.runtime`, `product` and `lookup` (or the format's `kernels.py`) ask `backend`. The rules of such a module:
+
+- `runtime` is called with tensors on the device, once (`PackedMatrix` calls it again when it is moved to another kind
+  of device), so operands may be arranged for the device, without loss; what that costs in memory is told there.
+- A product does not wait for the device. `starts` with two entries is one matrix with all tokens, and is not looked at;
+  any other may be on the device of x, and then tokens beyond its last entry get no result (`Codec.product`).
+- x is float32, bfloat16 or float16 of any strides; sums are float32; any number of tokens, rows and columns, none
+  included. What it cannot do raises Unsupported, and nothing falls back without being written where all can see it.
+- Results are the same in every run: no floating-point atomics; partial sums are added in a fixed order
+  (`formats/_triton_parts.py`).
+
+Kernels run on CUDA's (ROCm's, too) and XPU's tensors. With TRITON_INTERPRET=1 in the environment from the start Triton
+interprets them, on tensors of the CPU: slow, for tests, and then all products on a CPU are Triton's.
+
+Nothing is tuned while a model loads or runs. `launch` gives what is known for a device: what was tuned there by the
+user, what comes with the package (`launches.json`), or the kernel's own default.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from halfbit.disk import atomically, make_folder
+from halfbit.errors import FormatError, Unsupported
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels are interpreted; triton itself looks at the variable when it is imported."""
+
+SHIPPED = Path(__file__).parent / "launches.json"
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+Launch = dict[str, int]
+"""Of one launch: tile sizes by the kernel's names for them, and num_warps, num_stages."""
+
+
+@cache
+def why_not() -> str:
+    """Why no Triton kernel runs here; empty where they do."""
+    if find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA and ROCm, or by: pip install halfbit[gpu]"
+    if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+        return ""
+    return "torch sees no GPU here"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels serve tensors of a device."""
+    return device.type in (("cpu", "cuda", "xpu") if INTERPRETED else ("cuda", "xpu")) and not why_not()
+
+
+def has_kernels(name: str) -> bool:
+    """Whether a format has Triton kernels, here or elsewhere."""
+    return (Path(__file__).parent / "formats" / name / "triton.py").is_file()
+
+
+def backend(name: str, t: Tensor) -> ModuleType | None:
+    """The kernels of format `name` where they serve tensors like `t`; None where it has none, or they do not run."""
+    return _kernels(name) if runs_on(t.device) else None
+
+
+@cache
+def _kernels(name: str) -> ModuleType | None:
+    return import_module(f"halfbit.formats.{name}.triton") if has_kernels(name) else None
+
+
+def check_input(x: Tensor, columns: int, kernel: str) -> None:
+    """Raise Unsupported unless x is a matrix with so many columns, in a dtype that kernels take."""
+    if x.dtype not in INPUTS or x.ndim != 2 or x.shape[1] != columns:
+        raise Unsupported(
+            f"{kernel}: x must be [tokens, {columns}] in {', '.join(map(str, INPUTS))}, got {x.dtype} {list(x.shape)}"
+        )
+
+
+# --- launch configurations
+
+
+def device_name(device: torch.device) -> str:
+    """As launch configurations are stored under: "NVIDIA H200"; "interpreter" on a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    return str(getattr(torch, device.type).get_device_properties(device).name)
+
+
+def user_file() -> Path:
+    """Where launch configurations that were tuned here are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbit" / "launches.json"
+
+
+def launch(kernel: str, key: Sequence[object], default: Launch, device: torch.device) -> Launch:
+    """How to launch `kernel` for what `key` says of shape, format and tokens; `default` where nothing is known."""
+    return default | _known(device).get(_entry(kernel, key), {})
+
+
+def remember(kernel: str, key: Sequence[object], found: Launch, device: torch.device) -> None:
+    """Keep a configuration for this device in the user's file; later launches in this process use it, too."""
+    path = user_file()
+    known = _read(path)
+    known.setdefault(device_name(device), {})[_entry(kernel, key)] = found
+    make_folder(path.parent)
+    atomically(path, lambda file: file.write_text(json.dumps(known, indent=1, sort_keys=True), "utf-8"))
+    _known.cache_clear()
+
+
+def tune(
+    kernel: str,
+    key: Sequence[object],
+    candidates: Sequence[Launch],
+    run: Callable[[Launch], object],
+    device: torch.device,
+) -> Launch:
+    """Time `run` with each candidate and remember the fastest, by the median of 20. Only called where a user asks."""
+    times = {number: _milliseconds(lambda c=candidate: run(c), device) for number, candidate in enumerate(candidates)}
+    best = candidates[min(times, key=times.__getitem__)]
+    remember(kernel, key, best, device)
+    return best
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    of_device = getattr(torch, device.type)
+    times = []
+    for repetition in range(25):
+        begin, end = (of_device.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if repetition >= 5:  # the first compile
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _entry(kernel: str, key: Sequence[object]) -> str:
+    return " ".join([kernel, *map(str, key)])
+
+
+@cache
+def _known(device: torch.device) -> dict[str, Launch]:
+    name = device_name(device)
+    return _read(SHIPPED).get(name, {}) | _read(user_file()).get(name, {})
+
+
+def _read(path: Path) -> dict[str, dict[str, Launch]]:
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as e:
+        raise FormatError(f"{path}: launch configurations must be JSON: {e}; delete the file") from e
