@@ -9,7 +9,7 @@ must decode to the same finite weights as the plain torch reference, and multipl
 `runtime` accepts (that is all a kernel may rely on) must multiply without touching foreign memory. The rest are of one
 or two files of a compressed folder, in half of them with checksums made to fit, so that the rules of the formats are
 all that protects: `verify`, `inspect`, `Reader` and `load` take it or say what is wrong, and a folder that loads with
-its checksums computes what the intact one does. A mutation that takes a minute, or a gigabyte, fails.
+its checksums computes what the intact one does. A mutation that takes a minute of the processor, or a gigabyte, fails.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import random
 import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -51,6 +52,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, tor
 INFINITY, NAN = float("inf"), float("nan")
 # a changed scale may be anything
 STATISTICS = ("scale", "zero", "scales", "zeros", "second", "scale_grid", "levels", "pivots", "outlier_values", "order")
+# of the processor; on the clock of a busy machine ten times as many
 SECONDS = 60
 KIBIBYTES = 1 << 20
 NUMBERS = (
@@ -393,6 +395,8 @@ def _tensors(folder: Path) -> Iterator[torch.Tensor]:
 def run(mutations: int, seed: int, *, folders: bool, only: int | None = None) -> collections.Counter[str]:
     """Outcomes and how often each was; raises what no mutation may lead to, with the mutation's number on stderr."""
     outcomes: collections.Counter[str] = collections.Counter()
+    # says where it was, and then ends the process as the signal does
+    faulthandler.register(signal.SIGPROF, chain=True)
     names = [("llama", "spqr"), ("qwen2-moe", "qmoe"), ("mixtral", "runlength"), ("opt", "grouped")] if folders else []
     with tempfile.TemporaryDirectory() as root:
         targets: list[Callable[[random.Random], str]] = [Matrices().mutate] * 4
@@ -402,7 +406,8 @@ def run(mutations: int, seed: int, *, folders: bool, only: int | None = None) ->
             some = random.Random(f"{seed} {number}")
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             torch.manual_seed(number)
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            faulthandler.dump_traceback_later(10 * SECONDS, exit=True)
             try:
                 outcomes[targets[number % len(targets)](some)] += 1
             except BaseException:
@@ -410,6 +415,7 @@ def run(mutations: int, seed: int, *, folders: bool, only: int | None = None) ->
                 raise
             finally:
                 faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_PROF, 0)
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             assert grown < KIBIBYTES, f"mutation {number} of seed {seed} took {grown} KiB"
             if number % 1000 == 999:

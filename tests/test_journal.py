@@ -19,7 +19,7 @@ import torch
 import torture
 from compressed import text
 
-from halfbit import expert_groups, journal, linear_groups
+from halfbit import expert_groups, journal, linear_groups, probe
 from halfbit.compress import compress
 from halfbit.errors import FormatError, OutputError
 from halfbit.events import Event, Finished, Gated, Probed, Solved
@@ -140,6 +140,86 @@ def test_measuring_goes_on_behind_the_last_block(name: str, saved, tmp_path, alw
         seen.append(blocks[after])
         assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     assert seen
+
+
+@pytest.mark.parametrize("followed", ["true", "false"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
+def test_groups_that_have_answered_are_neither_read_nor_run_again(
+    name: str, followed: str, saved, tmp_path, always, monkeypatch
+) -> None:
+    source, read = saved(name), []
+    original = expert_groups.Group.read.__func__
+
+    def noted(cls: Any, family: Any, stack: Any, experts: range, device: str) -> Any:
+        read.append((stack.path, experts.start))
+        return original(cls, family, stack, experts, device)
+
+    monkeypatch.setattr(expert_groups.Group, "read", classmethod(noted))
+    recipe = torture.RECIPE.replace("asymmetric = true", f"asymmetric = {followed}")
+    list(steps(source, tmp_path / "whole", recipe))
+    files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    out, events, groups = tmp_path / "out", steps(source, tmp_path / "out", recipe), 0
+    # closed at the first matrix of the second group: the first has answered
+    for event in events:
+        if isinstance(event, Solved) and event.matrix.endswith(".3.gate_up_proj" if name == "qwen3-moe" else ".3.wi"):
+            break
+        groups += isinstance(event, Solved)
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert groups
+    stack = read[-1][0]
+    assert (stack, 0) in read
+    read.clear()
+    assert isinstance(list(steps(source, out, recipe))[-1], Finished)
+    assert next(start for path, start in read if path == stack) == 3
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+
+
+def test_answers_of_another_module_or_without_their_groups_are_not_used(saved, tmp_path, always) -> None:
+    kept = Journal(tmp_path)
+    kept.open("block.0")
+    kept.add("a", {"x": torch.ones(2)}, {})
+    kept.keep_answers("a", 1, {"y": torch.ones(3)}, {"z": 0.5})
+    groups, answers, facts = Journal(tmp_path).answers("a")
+    assert (groups, facts) == (1, {"z": 0.5})
+    assert torch.equal(answers["y"], torch.ones(3))
+    assert Journal(tmp_path).answers("b") == (0, {}, None)
+    # what has answered was written before
+    again = Journal(tmp_path)
+    again.open("block.0")
+    assert again.get("a") is not None
+    source, out = saved("qwen3-moe"), tmp_path / "out"
+    stop_after(steps(source, out), 12)
+    for path in (out / FOLDER).glob("0*.safetensors"):
+        path.unlink()
+    with pytest.raises(FormatError, match="has answered, but is not there; delete"):
+        list(steps(source, out))
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
+def test_measuring_goes_on_inside_of_a_block(name: str, saved, tmp_path, always, monkeypatch) -> None:
+    source, probed = saved(name), []
+    original = probe.solve
+
+    def noted(w: Any, h: Any, rules: Any, how: Any, names: list[str], notices: Any) -> Any:
+        probed.extend(names)
+        return original(w, h, rules, how, names, notices)
+
+    monkeypatch.setattr(probe, "solve", noted)
+    list(steps(source, tmp_path / "whole", OPTIONS))
+    files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    once = Counter(probed)
+    events = [e for e in steps(source, tmp_path / "count", OPTIONS) if isinstance(e, Probed)]
+    for stop in (1, len(events) // 2 + 1):
+        probed.clear()
+        out = tmp_path / str(stop)
+        going = steps(source, out, OPTIONS)
+        for _ in itertools.islice((e for e in going if isinstance(e, Probed)), stop):
+            pass
+        going.close()  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(list(steps(source, out, OPTIONS))[-1], Finished)
+        # nothing is probed twice: the journal is written behind every group here
+        assert Counter(probed) == once
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == files
 
 
 def test_damage_of_the_journal_is_found(saved, tmp_path, always) -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbit import native
-from halfbit.activations import Activations
+from halfbit.activations import Activations, room
 from halfbit.allocation import CURVES, Settled, settle
 from halfbit.cluster import hired
 from halfbit.crew import Crew
@@ -45,7 +45,7 @@ from halfbit.families import open_family
 from halfbit.family import Family
 from halfbit.flow import Flow, Seen
 from halfbit.gates import MODEL, Gatekeeper, Reference
-from halfbit.journal import FLOW
+from halfbit.journal import FLOW, FOLLOWED, Journal
 from halfbit.layout import Entry, stored_name
 from halfbit.linear_groups import Chosen, choose, left_out, put_back, solve_group, solve_reached
 from halfbit.linears import find_linears
@@ -290,7 +290,7 @@ def _compress(
             if module is not None:
                 early = None if reference is None or late is not None else reference.flow
                 with profile("following the original"):
-                    theirs = _follow(original, early, family, block, module, recipe, device)
+                    theirs = _follow(original, early, family, block, module, recipe, device, writer.journal, offload)
             for number_of_stack, stack in enumerate(stacks):
                 doors = stacks[number_of_stack:]
                 with profile("linear layers"):
@@ -413,24 +413,33 @@ def _follow(
     module: nn.Module,
     recipe: Recipe,
     device: str,
+    journal: Journal,
+    offload: Path | None,
 ) -> dict[str, Tensor]:
     """The original model's samples, and those held back from the compressed one (`early`), through a block of which
-    nothing is compressed yet.
+    nothing is compressed yet; or what the journal has of that.
 
     Returns:
         what the original gives to each experts module, `[rows, width]` on the CPU, also rows that no expert takes.
     """
-    flows = [flow for flow in (original, early) if flow is not None]
+    flows = {name: flow for name, flow in (("original", original), ("early", early)) if flow is not None}
+    kept = journal.flow(FOLLOWED)
+    if kept is not None and kept[0] == block:
+        for name, flow in flows.items():
+            flow.restore(kept[1].pop(name))
+        return {path: room(len(rows), rows.shape[1], rows.dtype, offload).copy_(rows) for path, rows in kept[1].items()}
     given = {}
     for stack in family.experts_of(block) if flows else ():
-        routed = [flow.capture(block, module, stack, every=flow is original) for flow in flows]
+        routed = [flow.capture(block, module, stack, every=flow is original) for flow in flows.values()]
         if original is not None:
             given[stack.path] = routed[0].hidden
         run_through(family, stack, routed, recipe.solving.experts_per_batch, device)
-        for flow, of_flow in zip(flows, routed, strict=True):
+        for flow, of_flow in zip(flows.values(), routed, strict=True):
             flow.give(stack, of_flow)
-    for flow in flows:
+    for flow in flows.values():
         flow.advance(block, module)
+    if flows:
+        journal.keep_flow(FOLLOWED, block, given | {name: _rows(flow) for name, flow in flows.items()})
     return given
 
 

@@ -1,7 +1,8 @@
 """The experts of one module on their way from the shards to the writer, group by group; see `pipeline.py`.
 
 One thread reads a group, one for each worker solves the groups before it (`crew.py`), and the loop encodes the one
-before those, keeps it in the journal and adds up what its decoded experts answer.
+before those, keeps it in the journal and adds up what its decoded experts answer. The sums are kept there from time to
+time, too, so that a run that goes on neither reads nor runs the groups before.
 """
 
 from collections.abc import Generator, Iterator
@@ -65,49 +66,74 @@ def solve_module(
 
     given = Given(recipe, routed, theirs)
     shared = crew.begin(given)
+    groups = batches(stack, recipe.solving.experts_per_batch)
+    packed: Roles = ([], [])
+    tokens: list[int] = []
+    gains: list[Gain] = []
+
+    def key(experts: range) -> str:
+        return f"{stack.path}.{experts.start}"
+
+    def note(experts: range, roles: Roles, facts: dict[str, Any]) -> Iterator[Event]:
+        """What is known of a group that is packed."""
+        yield from map(Noticed, facts["notices"])
+        tokens.extend(facts["tokens"])
+        gains.extend([] if facts["gain"] is None else [Gain(**facts["gain"])])
+        for role, of_role, all_of_role, losses in zip(stored_names(stack), roles, packed, facts["losses"], strict=True):
+            all_of_role.extend(of_role)
+            for e, encoded, loss, n in zip(experts, of_role, losses, facts["tokens"], strict=True):
+                fact = {"loss": loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
+                writer.record("matrices", f"{stack.path}.{e}.{role}", fact)
+                yield Solved(f"{stack.path}.{e}.{role}", loss, encoded.bits_per_weight, n)
+
+    # groups before an interruption whose answers were kept
+    answering = {name: r.outputs for name, r in (("routed", routed), ("unseen", unseen)) if r is not None}
+    behind, answers, judged = writer.journal.answers(stack.path)
+    for name, outputs in answering.items() if behind else ():
+        outputs.copy_(answers[name])
+    del answers
+    judged = judged or {}
+    for experts in groups[:behind]:
+        kept = kept_experts(writer.journal, key(experts))
+        if kept is None:
+            raise writer.journal.incomplete(key(experts))
+        yield from note(experts, *kept)
+    for name, facts in judged.items():
+        writer.record("outputs", name, facts)
 
     def read() -> Generator[Group, None, None]:
-        for number, experts in enumerate(batches(stack, recipe.solving.experts_per_batch)):
+        for number, experts in enumerate(groups[behind:]):
             with profile("reading"):
                 group = Group.read(family, stack, experts, crew.devices[number % len(crew.devices)])
             yield group
 
     def decide(worker: int, group: Group) -> Decided:
         own = slice(group.experts.start, group.experts.stop)
-        of_group, key = (rules[0][own], rules[1][own]), f"{stack.path}.{own.start}"
-        kept = kept_experts(writer.journal, key)
+        of_group = rules[0][own], rules[1][own]
+        kept = kept_experts(writer.journal, key(group.experts))
         if kept is not None:
-            return Decided(group, of_group, key, True, kept)
+            return Decided(group, of_group, key(group.experts), True, kept)
         with profile("solving"):
-            return Decided(group, of_group, key, False, crew.solve(worker, group, of_group, shared))
+            return Decided(group, of_group, key(group.experts), False, crew.solve(worker, group, of_group, shared))
 
-    packed: Roles = ([], [])
-    tokens: list[int] = []
-    gains: list[Gain] = []
     weights = ahead(read(), profile, "waiting for weights")
     with closing(spread(weights, decide, len(crew.devices), profile, "waiting for the solver")) as decided:
-        for one in decided:
+        for number, one in enumerate(decided, behind + 1):
             (group_packed, facts), decoded = _finished(one, given, writer, profile)
             with profile("gates"):
                 if unseen is not None:
                     one.group.run(unseen)
-            yield from map(Noticed, facts["notices"])
-            tokens += facts["tokens"]
-            gains += [] if facts["gain"] is None else [Gain(**facts["gain"])]
-            for role, losses in enumerate(facts["losses"]):
-                packed[role].extend(group_packed[role])
-                names, of_role = one.group.names, stored_names(stack)[role]
-                for name, encoded, loss, n in zip(names, group_packed[role], losses, facts["tokens"], strict=True):
-                    fact = {"loss": loss, "bits_per_weight": encoded.bits_per_weight, "tokens": n}
-                    writer.record("matrices", f"{name}.{of_role}", fact)
-                    yield Solved(f"{name}.{of_role}", loss, encoded.bits_per_weight, n)
+            yield from note(one.group.experts, group_packed, facts)
             with profile("running experts"):
                 decoded = decoded or one.group.decoded(*group_packed)
                 if routed is not None:
                     decoded.run(routed)
             with profile("gates"):
-                for name, judged in judge(one.group, decoded, routed, facts["wrong"]).items():
-                    writer.record("outputs", name, judged.as_dict())
+                for name, found in judge(one.group, decoded, routed, facts["wrong"]).items():
+                    judged[name] = found.as_dict()
+                    writer.record("outputs", name, judged[name])
+            with profile("writing"):
+                writer.journal.keep_answers(stack.path, number, answering, judged)
             del one, decoded
             heap.trim()
     put_experts(stack, packed, writer)

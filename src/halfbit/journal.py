@@ -5,6 +5,8 @@ A folder `.open` inside the run folder, which is gone when the run has ended:
     00000.safetensors, ...   groups of matrices of the open block, packed, some per file, and their facts
     flow.safetensors         the activations behind the last block, so that blocks before it need not run again
     probe.safetensors        the same of the pass that measures what bits buy, and what it has measured
+    followed.safetensors     the activations behind the open block as it was, and what its experts were given
+    answers.safetensors      what the groups of one experts module have answered so far, so that they need not run again
 
 Every file is written like a block: temporary name, fsync, rename, fsync of the folder. What a killed run is asked for
 again is read from here and is the same to the bit, so when and how often it is written changes nothing in the result.
@@ -26,7 +28,7 @@ from halfbit.errors import FormatError
 from halfbit.manifest import fast_checksum
 
 FOLDER = ".open"
-FLOW, PROBE = "flow", "probe"
+FLOW, PROBE, FOLLOWED, ANSWERS = "flow", "probe", "followed", "answers"
 # what is said of the tensors of a file: JSON, as one more of them
 ABOUT = "about"
 # what a kill loses is the matrices of so many seconds, and those that are being solved
@@ -94,22 +96,43 @@ class Journal:
         self._last = time.monotonic()
 
     def keep_flow(self, name: str, block: str, tensors: Tensors, facts: Any = None) -> None:
-        """The activations behind `block`, where it is worth the time to write them; FLOW or PROBE."""
+        """Activations of `block`, where it is worth the time to write them; FLOW, PROBE or FOLLOWED."""
         now = time.monotonic()
-        if now - self._behind < max(SECONDS, WORTH * self._cost):
+        if not self._due():
             return
         make_folder(self._folder)
         self._save(self._folder / f"{name}.safetensors", tensors, {"block": block, "facts": facts})
         self._behind = time.monotonic()
         self._cost = self._behind - now
 
+    def keep_answers(self, module: str, groups: int, answers: Tensors, facts: Any) -> None:
+        """What the first `groups` groups of an experts module have answered, with all that was added, likewise."""
+        if self._due():
+            self.write()
+            self.keep_flow(ANSWERS, module, answers, {"groups": groups, "facts": facts})
+
+    def answers(self, module: str) -> tuple[int, Tensors, Any]:
+        """What `keep_answers` was given last, if it was for `module`; no groups, nothing and None otherwise."""
+        found = self.flow(ANSWERS)
+        if found is None or found[0] != module:
+            return 0, {}, None
+        return found[2]["groups"], found[1], found[2]["facts"]
+
+    def _due(self) -> bool:
+        """Whether so much was done since activations were kept last that it is worth the time to keep them."""
+        return time.monotonic() - self._behind >= max(SECONDS, WORTH * self._cost)
+
     def flow(self, name: str) -> tuple[str, Tensors, Any] | None:
-        """The last block whose activations were kept, they, and the facts."""
+        """The last block whose activations were kept (ANSWERS: the module), they, and the facts."""
         path = self._folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         about = _about(path)
         return about["block"], _read(path, about["xxh3"], ""), about["facts"]
+
+    def incomplete(self, key: str) -> FormatError:
+        """That a step is not there whose answers are."""
+        return _damaged(self._folder / f"{ANSWERS}.safetensors", f"{key} has answered, but is not there")
 
     def close(self) -> None:
         """The run has ended; nothing of this is wanted any more."""

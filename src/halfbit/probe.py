@@ -67,6 +67,15 @@ class Role:
     curves: dict[str, list[Choice]] = field(default_factory=dict)
     error: float = 0.0
 
+    def facts(self) -> list[Any]:
+        """All of it, for JSON."""
+        return [self.weights, self.error, {m: [astuple(c) for c in choices] for m, choices in self.curves.items()}]
+
+    @classmethod
+    def of(cls, facts: list[Any]) -> "Role":
+        weights, error, curves = facts
+        return cls(weights, {matrix: [Choice(*row) for row in rows] for matrix, rows in curves.items()}, error)
+
 
 class Probe:
     """The pass. Accumulates: `curves` are there when `run` has ended.
@@ -108,7 +117,8 @@ class Probe:
         return len(self._linears) + sum(bool(rule.options) for pair in self._rules.values() for rule in pair)
 
     def run(self, journal: Journal) -> Iterator[Event]:
-        """Yields a `Probed` for every group of matrices. Goes on behind the last block that the journal has."""
+        """Yields a `Probed` for every group of matrices. Goes on behind what the journal has: blocks, and in the open
+        one linear layers and groups of experts."""
         family = self._family
         family.load_outer(self._device, self._dtype)
         blocks = [block for part in family.stacks() for block in part.blocks]
@@ -131,7 +141,8 @@ class Probe:
             for block in part.blocks:
                 if blocks.index(block) <= behind:
                     continue
-                yield from self._block(block, base, trials)
+                journal.open(f"probe of {block}")
+                yield from self._block(block, base, trials, journal)
                 now = {"flow of all": base.activations} | {f"flow {n}": f.activations for n, f in trials.items()}
                 now |= {f"heard {name}": states for name, states in heard.items()}
                 now |= {} if encoded is None else {"heard of all": encoded}
@@ -144,10 +155,7 @@ class Probe:
 
     def _facts(self) -> dict[str, Any]:
         """The roles, for JSON."""
-        return {
-            name: [role.weights, role.error, {m: [astuple(c) for c in choices] for m, choices in role.curves.items()}]
-            for name, role in self._roles.items()
-        }
+        return {name: role.facts() for name, role in self._roles.items()}
 
     def _resume(self, journal: Journal, blocks: list[str]) -> tuple[int, dict[str, Tensor]]:
         """Number of the last block that need not run again, and the activations behind it; -1 where there are none."""
@@ -155,12 +163,10 @@ class Probe:
         if found is None:
             return -1, {}
         block, tensors, facts = found
-        for name, (weights, error, curves) in facts.items():
-            choices = {matrix: [Choice(*row) for row in rows] for matrix, rows in curves.items()}
-            self._roles[name] = Role(weights, choices, error)
+        self._roles = {name: Role.of(role) for name, role in facts.items()}
         return blocks.index(block), tensors
 
-    def _block(self, block: str, base: Flow, trials: dict[str, Flow]) -> Iterator[Event]:
+    def _block(self, block: str, base: Flow, trials: dict[str, Flow], journal: Journal) -> Iterator[Event]:
         family = self._family
         module = family.load_block(block, self._device, self._dtype)
         pending = {path: pair for path, pair in self._linears.items() if family.block_of(path) == block}
@@ -172,9 +178,14 @@ class Probe:
                 assert seen.hessian is not None
                 for path in seen.paths:
                     linear, rule = pending.pop(path)
-                    w = family.weight(linear.name).to(self._device, torch.float32)[None]
-                    h = seen.hessian.sum.to(self._device)
-                    swapped[path] = linear.name, self._linear(path, rule, w, h)
+                    kept = journal.get(path)
+                    if kept is None:
+                        w = family.weight(linear.name).to(self._device, torch.float32)[None]
+                        trial = self._linear(path, rule, w, seen.hessian.sum.to(self._device))
+                        journal.add(path, {"trial": trial}, {"role": self._roles[path].facts()})
+                    else:
+                        trial, self._roles[path] = kept[0]["trial"].to(self._device), Role.of(kept[1]["role"])
+                    swapped[path] = linear.name, trial
                     trials[path] = trials[""].copy()
                 yield self._progress()
             if number == len(stacks):
@@ -191,9 +202,7 @@ class Probe:
                     if name is not None:
                         trials[name] = trials[""].copy()
                         given[name] = trials[name].capture(block, module, stack)
-                for experts in batches(stack, self._recipe.solving.experts_per_batch):
-                    self._experts(stack, experts, roles, routed, given)
-                    yield self._progress()
+                yield from self._module(stack, roles, routed, given, journal)
             else:
                 size = self._recipe.solving.experts_per_batch
                 run_through(family, stack, [routed, *given.values()], size, self._device)
@@ -246,6 +255,23 @@ class Probe:
                 self._roles[name] = Role(weights)
             names.append(name)
         return names
+
+    def _module(
+        self, stack: ExpertStack, names: list[str | None], routed: Routed, given: Mapping[str, Routed], journal: Journal
+    ) -> Iterator[Event]:
+        """Probes the experts of a module, group by group."""
+        everybody = {"of all": routed.outputs} | {f"of {name}": one.outputs for name, one in given.items()}
+        behind, answers, facts = journal.answers(f"probe of {stack.path}")
+        if behind:
+            for name, outputs in everybody.items():
+                outputs.copy_(answers[name])
+            self._roles |= {name: Role.of(role) for name, role in facts.items()}
+        groups = batches(stack, self._recipe.solving.experts_per_batch)
+        for number, experts in enumerate(groups[behind:], behind + 1):
+            self._experts(stack, experts, names, routed, given)
+            own = {name: self._roles[name].facts() for name in names if name is not None}
+            journal.keep_answers(f"probe of {stack.path}", number, everybody, own)
+            yield self._progress()
 
     def _experts(
         self, stack: ExpertStack, experts: range, roles: list[str | None], routed: Routed, given: Mapping[str, Routed]
