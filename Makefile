@@ -28,7 +28,7 @@ docs: $(VENV)/installed
 	$(RUN) docs/generate.py
 
 bench: $(VENV)/installed
-	$(RUN) bench/products.py
+	$(VENV)/bin/halfbit bench --tokens 1,4,16,32 --csv bench/results.csv
 
 # the extension again, with AddressSanitizer and UBSan, in a folder of its own; Python itself is preloaded with their library
 FUZZ := build/fuzz

@@ -20,36 +20,26 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import products
 import record
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import halfbit
-from halfbit import registry
-from halfbit.grids.bilevel import Bilevel
+from halfbit.bench import matrices
+from halfbit.bench.matrices import Statistics
 from halfbit.layout import Entry, stored_name
 from halfbit.linears import WEIGHT
-from halfbit.solve.rtn import rtn
 from halfbit.types import Packed
 from halfbit.writer import FORMAT_VERSION, Writer
 
 WIDTH, INNER, VOCABULARY = 4096, 11008, 32000
-CODECS: dict[str, dict[str, Any]] = {
-    "qmoe": {}, "runlength": {"scale_bits": 0}, "spqr": {}, "grouped": {"bits": 4, "group": 64},
-}  # fmt: skip
+FORMATS = {"qmoe": "qmoe", "runlength": "runlength", "spqr": "spqr-3bit", "grouped": "grouped-4-g64"}
 
 
 def encoded(name: str, rows: int, columns: int) -> Packed:
     """A random matrix."""
-    codec = registry.module("formats", name).CODEC(**CODECS[name])
-    if name == "spqr":
-        return codec.encode(products.bilevel(Bilevel(fitting="min-max"), rows, columns, 0.01))
-    if name == "grouped":
-        random = torch.Generator().manual_seed(0)
-        return codec.encode(rtn(torch.randn(1, rows, columns, generator=random), None, codec.grid, names=["x"])[0])
-    return codec.encode(products.ternary(rows, columns))
+    return matrices.packed(matrices.codec_of(FORMATS[name]), rows, columns, Statistics())
 
 
 def make(folder: Path, name: str, nbytes: int) -> int:
@@ -110,7 +100,7 @@ def seconds(folder: Path, dtype: torch.dtype, *, verify: bool, cold: bool, token
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=CODECS, default="spqr")
+    parser.add_argument("--format", choices=FORMATS, default="spqr")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--folder", type=Path, help="where the folder is, or is made and kept")
     parser.add_argument("--dtype", default="bfloat16")

@@ -15,9 +15,9 @@ SOURCE = ROOT / "src" / "halfbit"
 OTHERS = {
     "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py; "
     "triton_*.py: run by test_triton.py, interpreted",
-    "bench/": "products.py: the product against torch; loading.py: verification; generate.py: models of any size; "
-    "trillion.py: Switch c2048",
-    "docs/": "guide.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
+    "bench/": "generation.py: tokens per second; loading.py: verification; generate.py: models of any size; "
+    "trillion.py: Switch c2048; results.csv",
+    "docs/": "guide.md, speed.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
     "examples/": "demo.py; tiny-moe/: a small trained model with its texts; configs/: of large models, for plan",
 }
 
