@@ -18,9 +18,10 @@ from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow
 from halfbit.outputs import Judged, rows_of, unlike
-from halfbit.recipe import Coverage, Recipe, Rule
+from halfbit.recipe import Coverage, Recipe, Rule, Solving
 from halfbit.solve.drift import towards
 from halfbit.solve.hessian import Hessian, shrink
+from halfbit.solve.rows import slopes, widths
 from halfbit.solving import solve as solve_matrices
 from halfbit.types import Packed, Solution
 
@@ -81,8 +82,12 @@ class Group:
 
     def hidden(self, i: int, x: Tensor, up: Tensor | None = None) -> Tensor:
         """What the `i`-th expert's output projection is given for tokens `x` `[tokens, in]`; with `up` for its own."""
-        h = x @ (self.up[i] if up is None else up).T
-        return self.gate(h if self.up_bias is None else h + self.up_bias[i])
+        return self.gate(self.before_gate(i, x, up))
+
+    def before_gate(self, i: int, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """What its gate is given."""
+        y = x @ (self.up[i] if up is None else up).T
+        return y if self.up_bias is None else y + self.up_bias[i]
 
     def output(self, i: int, x: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The `i`-th expert's output for tokens `x`; with `weights`, input and output projection, for its own."""
@@ -224,13 +229,13 @@ def solve(
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
 
     def role(
-        w: Tensor, rules: Rules, view: View, original: View, *, alike: bool = False
+        w: Tensor, rules: Rules, view: View, original: View, wide: Tensor | None = None, *, alike: bool = False
     ) -> tuple[list[Solution], Tensor]:
         h = hessians(training, recipe.coverage, view, alike=alike)
         if theirs is not None:
             cross = hessians(training, recipe.coverage, view, original, alike=alike)
             w = towards(w, h, cross, recipe.solving.damping)
-        return solve_matrices(w, h, rules, recipe.solving, group.names, notices), w
+        return solve_matrices(w, h, rules, recipe.solving, group.names, notices, widths=wide), w
 
     def ours(_expert: int, rows: Tensor) -> Tensor:
         return routed.hidden[rows].to(group.up)
@@ -239,7 +244,7 @@ def solve(
         assert theirs is not None
         return theirs[routed.places[rows]].to(group.up)
 
-    up, aim_up = role(group.up, rules[0], ours, original, alike=True)
+    up, aim_up = role(group.up, rules[0], ours, original, training.row_widths(group, ours, recipe.solving), alike=True)
     seen = group
     if recipe.solving.true_sequential or theirs is not None:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
@@ -283,6 +288,22 @@ class Training:
     @property
     def tokens(self) -> list[int]:
         return [len(rows) for rows in self.rows]
+
+    def row_widths(self, group: Group, view: View, solving: Solving) -> Tensor | None:
+        """`[experts, out]`, of the grids of the input projections' rows, see `solve/rows.py`; None: all are alike.
+
+        An expert without tokens has rows that are alike.
+        """
+        if solving.output_weights == 0:
+            return None
+        slope, square = torch.zeros(2, *group.up.shape[:2], dtype=torch.float64, device=group.up.device)
+        for i, (rows, weights) in enumerate(zip(self.rows, self.weights, strict=True)):
+            for chunk, weight in zip(rows.split(EXPERT_TOKENS), weights.split(EXPERT_TOKENS), strict=True):
+                y = group.before_gate(i, view(i, chunk))
+                slope[i] += (slopes(y, group.gate, group.down[i]) * weight).square().sum(0)
+                own = y if group.up_bias is None else y - group.up_bias[i]
+                square[i] += (own * weight).square().sum(0)
+        return widths(slope * square, solving.output_weights)
 
 
 def _spread(keep: Tensor) -> Tensor:

@@ -294,9 +294,10 @@ class Probe:
                 return x if alike else group.hidden(i, x)
 
             h = hessians(training, self._recipe.coverage, view, alike=alike)
+            wide = training.row_widths(group, view, self._recipe.solving) if alike else None
             names = [f"{n}.{projection}" for n in group.names]
             compressed = w.clone()
-            for choices, dense in self._solved(rule, w, h, names):
+            for choices, dense in self._solved(rule, w, h, names, wide):
                 other = replace(group, **{which: dense.to(w)})
                 for i, (choice, judge) in enumerate(zip(choices, judges, strict=True)):
                     error = _error(group, other, i, routed, judge)
@@ -307,7 +308,9 @@ class Probe:
         for name, one in given.items():
             trials[name].run(one)
 
-    def _solved(self, rule: Rule, w: Tensor, h: Tensor, names: list[str]) -> Iterator[tuple[list[Choice], Tensor]]:
+    def _solved(
+        self, rule: Rule, w: Tensor, h: Tensor, names: list[str], widths: Tensor | None = None
+    ) -> Iterator[tuple[list[Choice], Tensor]]:
         """Each option at each size: one choice per matrix, its loss not known yet, and the decoded matrices.
 
         Statistics of small groups are found the quick way, which costs SpQR some of its advantage here.
@@ -322,7 +325,7 @@ class Probe:
                 tries = [(None, replace(option, grid=replace(grid, fitting="min-max")))]
             for spread, tried in tries:
                 # notices are for the real run
-                found = solve(w, h, [tried] * len(names), self._recipe.solving, names, [])
+                found = solve(w, h, [tried] * len(names), self._recipe.solving, names, [], widths=widths)
                 assert option.codec is not None
                 bits = [option.codec.encode(s).bits_per_weight for s in found]
                 dense = torch.stack([s.dense() for s in found]).to(w.device)

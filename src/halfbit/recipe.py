@@ -166,10 +166,13 @@ class Solving:
     """Experts are solved towards what the original model computes from its own activations, so that each makes up for
     what was compressed before it (GPTAQ); output projections then see what comes from the compressed input projections.
     The original's activations are kept beside the compressed model's."""
+    output_weights: float = 0.0
+    """Rows of an expert's input projections share its bits by what their errors cost in its answers: the grid deadzone
+    is as much narrower as that cost, to this power, is larger (`solve/rows.py`). 0: all rows alike."""
 
     def __post_init__(self):
-        if not 0 < self.damping < inf or self.experts_per_batch < 1:
-            raise RecipeError(f"damping must be > 0, experts_per_batch >= 1; got {self}")
+        if not 0 < self.damping < inf or self.experts_per_batch < 1 or not 0 <= self.output_weights <= 1:
+            raise RecipeError(f"damping must be > 0, experts_per_batch >= 1, output_weights in [0, 1]; got {self}")
 
 
 @dataclass(frozen=True)

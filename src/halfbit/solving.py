@@ -20,6 +20,7 @@ from halfbit.solve.gptq import solve as solve_problem
 from halfbit.solve.hessian import Repair
 from halfbit.solve.loss import measured
 from halfbit.solve.rate import at_rate, guess
+from halfbit.solve.rows import unequal
 from halfbit.solve.rtn import rtn
 from halfbit.types import Solution
 
@@ -39,6 +40,7 @@ def solve(
     notices: list[str],
     *,
     order_is_stored: bool = True,
+    widths: Tensor | None = None,
 ) -> list[Solution]:
     """One Solution per matrix, on the CPU.
 
@@ -49,6 +51,7 @@ def solve(
         names: of the matrices.
         notices: repaired Hessians are told here.
         order_is_stored: False: another matrix of the same input stores the column order, so it costs nothing.
+        widths: `[matrices, out]`, of the rows' grids where that is deadzone, see `solve/rows.py`; None: all are alike.
 
     Raises what grids and solvers raise, with the name of the first matrix.
     """
@@ -69,6 +72,7 @@ def solve(
             [names[i] for i in members],
             notices,
             order_is_stored,
+            None if widths is None else widths[some],
         )
         found |= dict(zip(members, part, strict=True))
     return [found[i] for i in range(len(rules))]
@@ -82,6 +86,7 @@ def _solve(
     names: list[str],
     notices: list[str],
     order_is_stored: bool,
+    widths: Tensor | None,
 ) -> list[Solution]:
     """Of rules that are alike but for the rate."""
     rule = rules[0]
@@ -91,7 +96,7 @@ def _solve(
         plain = replace(rule.codec, rotated=False)
         inside = [replace(r, codec=plain) for r in rules]
         w, hessian = rotate(w), None if hessian is None else both_sides(hessian)
-        found = _solve(w, hessian, inside, solving, names, notices, order_is_stored)
+        found = _solve(w, hessian, inside, solving, names, notices, order_is_stored, widths)
         return [replace(s, rotated=True) for s in found]
     if rule.solver == "rtn":
         with _naming(names):
@@ -118,11 +123,12 @@ def _solve(
         if rule.outliers is not None:
             found = with_share(rule.outliers)
         elif rule.bits is not None and isinstance(grid, Deadzone):
-            found = _at_rate(w, hessian, rules, shared, notices)
+            found = _at_rate(w, hessian, rules, shared, notices, widths)
         elif rule.bits is not None:
             found = _within(rule.bits, with_share, (w.shape[1], w.shape[2]), rule, names, notices, order_is_stored)
         else:
-            found = gptq(w, hessian, grid, outliers=rule.tau, **shared)
+            found = gptq(w, hessian, unequal(grid, widths), outliers=rule.tau, **shared)
+            found = [replace(s, grid=grid) for s in found]
     return [on_cpu(s) for s in found]
 
 
@@ -144,7 +150,12 @@ def _naming(names: list[str]) -> Iterator[None]:
 
 
 def _at_rate(
-    w: Tensor, hessian: Tensor, rules: list[Rule], shared: dict[str, Any], notices: list[str]
+    w: Tensor,
+    hessian: Tensor,
+    rules: list[Rule],
+    shared: dict[str, Any],
+    notices: list[str],
+    widths: Tensor | None,
 ) -> list[Solution]:
     """With the spreads at which the batch takes the rules' bits on the mean. Rules that say nothing else share one."""
     grids = [rule.grid for rule in rules if isinstance(rule.grid, Deadzone)]
@@ -160,7 +171,7 @@ def _at_rate(
 
     def at(spread: float) -> list[Solution]:
         grid = replace(grids[0], spread=tuple(min(max(spread * s, LEAST), MOST) for s in own))
-        answer = solve_problem(problem, grid, None)
+        answer = solve_problem(problem, unequal(grid, widths), None)
         return [answer.solution(problem, grid, e) for e in range(w.shape[0])]
 
     found, used = at_rate(bits, at, lambda s: _bits(s, rules[0], True), spread, CLOSE_ENOUGH)
