@@ -46,7 +46,7 @@ def test_widths_fall_with_the_cost_and_have_limits() -> None:
 
 
 def given(bias: Tensor | None = None) -> tuple[Group, Routed]:
-    """Two experts of which one row of the input projections counts for much, one for nothing; the second gets no token."""
+    """Two experts; of the first one input row counts for much, one for nothing; the second has no token."""
     experts, width, inner, tokens = 2, 64, 32, 512
     up = torch.randn(experts, 2 * inner, width, generator=RANDOM)
     down = torch.randn(experts, width, inner, generator=RANDOM)

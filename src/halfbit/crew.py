@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from halfbit.activations import Routed
-from halfbit.expert_groups import Group, SolvedGroup, differing, solve
+from halfbit.expert_groups import Group, SolvedGroup, correct, differing, solve
 from halfbit.pipeline import Profile
 from halfbit.recipe import Recipe, Rule
 from halfbit.tune_group import tune_group
@@ -70,7 +70,8 @@ class Devices:
 def finish(
     group: Group, rules: Rules, solved: SolvedGroup, given: Given, profile: Profile
 ) -> tuple[Finished, Group | None]:
-    """A solved group encoded, and tuned where the recipe says so; and what it decodes to, unless tuning changed it."""
+    """A solved group encoded, tuned and corrected where the recipe says so; and what it decodes to, unless tuning
+    changed it."""
     gain = None
     with profile("encoding"):
         packed = _encoded(rules, solved)
@@ -80,6 +81,12 @@ def finish(
     if given.recipe.tuning.group_steps and given.routed is not None and solved.training is not None:
         with profile("tuning groups"):
             packed, gain = tune_group(group, solved, packed, given.routed, given.theirs, given.recipe.tuning)
+    if given.recipe.solving.mean_correction and given.routed is not None and solved.training is not None:
+        with profile("correcting means"):
+            decoded = decoded if gain is None else group.decoded(*packed)
+            packed, decoded = correct(group, packed, decoded, solved.training, given.recipe, given.routed, given.theirs)
+    elif gain is not None:
+        decoded = None
     facts = {
         "notices": solved.notices,
         "tokens": solved.tokens,
@@ -87,7 +94,7 @@ def finish(
         "gain": None if gain is None else asdict(gain),
         "wrong": wrong,
     }
-    return (packed, facts), decoded if gain is None else None
+    return (packed, facts), decoded
 
 
 def _encoded(rules: Rules, solved: SolvedGroup) -> Roles:

@@ -8,12 +8,13 @@ projection, since the neurons of two experts have nothing to do with each other.
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from halfbit.activations import Routed
-from halfbit.errors import CoverageError
+from halfbit.errors import CoverageError, RecipeError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow
@@ -23,7 +24,7 @@ from halfbit.solve.drift import towards
 from halfbit.solve.hessian import Hessian, shrink
 from halfbit.solve.rows import slopes, widths
 from halfbit.solving import solve as solve_matrices
-from halfbit.types import Packed, Solution
+from halfbit.types import Packed, Roles, Solution, corrections
 
 Rules = Sequence[Rule]
 # what a projection of the i-th expert is given for rows of `Routed.hidden`
@@ -102,7 +103,15 @@ class Group:
         def dense(matrices: list[Packed]) -> Tensor:
             return torch.stack([p.codec.decode(p) for p in matrices]).to(self.up.device)
 
-        return replace(self, up=dense(up), down=dense(down))
+        return replace(self, up=dense(up), down=dense(down)).corrected(corrections(up), corrections(down))
+
+    def corrected(self, up: Tensor | None, down: Tensor | None = None) -> "Group":
+        """The group with corrections `[experts, out]` added to what its biases are."""
+
+        def bias(own: Tensor | None, more: Tensor | None) -> Tensor | None:
+            return own if more is None else more.to(self.up) if own is None else own + more.to(own)
+
+        return replace(self, up_bias=bias(self.up_bias, up), down_bias=bias(self.down_bias, down))
 
     def run(self, routed: Routed) -> None:
         """Add every expert's weighted outputs for all of its tokens to `routed.outputs`."""
@@ -146,7 +155,7 @@ def run_through(
     for experts in batches(stack, size):
         group = Group.read(family, stack, experts, device)
         if stored is not None:
-            group = group.decoded(*([w.codec.part(w, e, stack.num_experts) for e in experts] for w in stored))
+            group = group.decoded(*([w.part(e, stack.num_experts) for e in experts] for w in stored))
         for routed in given:
             group.run(routed)
 
@@ -227,6 +236,9 @@ def solve(
 
     training = Training.of(group, recipe, routed)
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
+    rules = tuple(
+        [_beside(rule, w, recipe) for rule in own] for own, w in zip(rules, (group.up, group.down), strict=True)
+    )
 
     def role(
         w: Tensor, rules: Rules, view: View, original: View, wide: Tensor | None = None, *, alike: bool = False
@@ -248,6 +260,8 @@ def solve(
     seen = group
     if recipe.solving.true_sequential or theirs is not None:
         seen = replace(group, up=torch.stack([s.dense() for s in up]).to(group.up))
+        if recipe.solving.mean_correction:
+            seen = seen.corrected(off(group, seen, "up", training, recipe, routed, theirs))
     down, aim_down = role(
         group.down,
         rules[1],
@@ -255,6 +269,73 @@ def solve(
         lambda i, rows: group.hidden(i, original(i, rows)),
     )
     return SolvedGroup(up, down, (aim_up, aim_down), training, notices)
+
+
+def _beside(rule: Rule, w: Tensor, recipe: Recipe) -> Rule:
+    """The rule with the bits that a correction beside a matrix of `w` leaves, where it says bits."""
+    if rule.bits is None or not (added := recipe.solving.added_bits(rule, w.shape[2])):
+        return rule
+    if added >= rule.bits:
+        raise RecipeError(
+            f"rule {rule.match!r}: mean_correction alone takes {added:.3f} bits per weight of matrices of "
+            f"{w.shape[2]} columns, of {rule.bits:g} allowed; allow more, or set [solving] mean_correction = false"
+        )
+    return replace(rule, bits=rule.bits - added)
+
+
+def correct(
+    group: Group,
+    packed: Roles,
+    decoded: Group,
+    training: "Training",
+    recipe: Recipe,
+    routed: Routed,
+    theirs: Tensor | None,
+) -> tuple[Roles, Group]:
+    """The matrices with their corrections, and the decoded group with them.
+
+    Args:
+        group: the originals.
+        decoded: what `packed`, without corrections yet, decodes to.
+    """
+    up = off(group, decoded, "up", training, recipe, routed, theirs)
+    decoded = decoded.corrected(up)
+    down = off(group, decoded, "down", training, recipe, routed, theirs)
+    with_up, with_down = (
+        [replace(p, correction=c[None].cpu()) for p, c in zip(matrices, found, strict=True)]
+        for matrices, found in zip(packed, (up, down), strict=True)
+    )
+    return (with_up, with_down), decoded.corrected(None, down)
+
+
+def off(
+    group: Group,
+    other: Group,
+    role: Literal["up", "down"],
+    training: "Training",
+    recipe: Recipe,
+    routed: Routed,
+    theirs: Tensor | None,
+) -> Tensor:
+    """bfloat16 `[experts, out]`: what the projection's answers in `other` lack on the mean over an expert's tokens.
+
+    The originals answer to `theirs`, where that is followed. Drawn to zero where tokens are few, as Hessians are to the
+    pooled one; an expert without tokens has zeros. (Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.2.)
+    """
+
+    def given(of: Group, i: int, rows: Tensor, source: Tensor | None) -> Tensor:
+        x = (routed.hidden[rows] if source is None else source[routed.places[rows]]).to(group.up)
+        return x if role == "up" else of.hidden(i, x)
+
+    w, q = getattr(group, role).double(), getattr(other, role).double()
+    found = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
+    for i, rows in enumerate(training.rows):
+        share = len(rows) / (len(rows) + recipe.coverage.shrink_tokens)
+        wanted = training.mean(i, lambda chunk, i=i: given(group, i, chunk, theirs))
+        answered = training.mean(i, lambda chunk, i=i: given(other, i, chunk, None))
+        if len(rows):
+            found[i] = share * (w[i] @ wanted - q[i] @ answered)
+    return found.to(torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +369,13 @@ class Training:
     @property
     def tokens(self) -> list[int]:
         return [len(rows) for rows in self.rows]
+
+    def mean(self, i: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """float64 `[in]`, of what `view` gives for the rows of the `i`-th expert, as much as each counts."""
+        total = torch.zeros((), dtype=torch.float64, device=self.weights[i].device)
+        for chunk, weights in zip(self.rows[i].split(EXPERT_TOKENS), self.weights[i].split(EXPERT_TOKENS), strict=True):
+            total = total + (view(chunk).double() * weights.double().square()).sum(0)
+        return total / max(len(self.rows[i]), 1)
 
     def row_widths(self, group: Group, view: View, solving: Solving) -> Tensor | None:
         """`[experts, out]`, of the grids of the input projections' rows, see `solve/rows.py`; None: all are alike.

@@ -8,7 +8,8 @@
             "codes": ["int32", [1, 24576]], ..., "order": ["uint8", [1, 256], "model.layers.0.self_attn.q_proj"]}}}
 
 A tensor with a module behind its shape is not stored again: it is that module's, as the column order of matrices that
-read the same input. Both files may come from anywhere, so `Entry.parse` believes nothing.
+read the same input. Beside the codec's parts there may be a `correction`, bfloat16 [experts, out], which is added to
+every product. Both files may come from anywhere, so `Entry.parse` believes nothing.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 
 from halfbit import formats
 from halfbit.errors import FormatError, HalfbitError
-from halfbit.types import Codec, Packed
+from halfbit.types import CORRECTION, Codec, Packed
 from halfbit.untrusted import short
 
 DTYPES = {
@@ -65,7 +66,7 @@ class Entry:
     Attributes:
         codec: of the stored tensors.
         shape: (experts, out, in).
-        tensors: part -> (dtype, shape), the codec's parts in their order.
+        tensors: part -> (dtype, shape), the codec's parts in their order, and CORRECTION where there is one.
         shared: part -> module whose tensor of that name it is; nothing but `SHAREABLE`.
     """
 
@@ -77,7 +78,7 @@ class Entry:
     @classmethod
     def of(cls, packed: Packed, experts: int, shared: dict[str, str] | None = None) -> "Entry":
         rows, columns = packed.shape
-        tensors = {part: (t.dtype, list(t.shape)) for part, t in packed.tensors.items()}
+        tensors = {part: (t.dtype, list(t.shape)) for part, t in packed.stored.items()}
         return cls(packed.codec, (experts, rows // experts, columns), tensors, shared or {})
 
     def to_config(self) -> dict[str, Any]:
@@ -104,14 +105,20 @@ class Entry:
         if not _is_shape(shape) or len(shape) != 3 or 0 in shape:
             raise FormatError(f"{where}: expected the shape [experts, out, in], got {short(shape)}", tensor=where)
         given = config["tensors"]
-        if not isinstance(given, dict) or set(given) != set(codec.parts):
+        if not isinstance(given, dict) or set(given) - {CORRECTION} != set(codec.parts):
             raise FormatError(
                 f"{where}: expected the tensors {', '.join(codec.parts)} of {codec.name}, got {short(given)}",
                 tensor=where,
             )
         shared = {p: v[2] for p, v in given.items() if isinstance(v, list) and len(v) == 3 and isinstance(v[2], str)}
         plain = {part: value[:2] if part in shared else value for part, value in given.items()}
-        tensors = {part: parse_tensor(plain[part], f"{where}.{part}") for part in codec.parts}
+        parts = [*codec.parts, *({CORRECTION} & set(given))]
+        tensors = {part: parse_tensor(plain[part], f"{where}.{part}") for part in parts}
+        if tensors.get(CORRECTION, expected := (torch.bfloat16, shape[:2])) != expected:
+            raise FormatError(
+                f"{where}.{CORRECTION}: expected bfloat16 {short(shape[:2])}, got {short(given[CORRECTION])}",
+                tensor=where,
+            )
         if set(shared) - {SHAREABLE}:
             raise FormatError(f"{where}: only {SHAREABLE} can be another module's, got {short(shared)}", tensor=where)
         experts, *sides = shape
@@ -126,11 +133,15 @@ class Entry:
     def packed(self, tensors: dict[str, torch.Tensor]) -> Packed:
         """The tall matrix `[experts * out, in]` from its parts."""
         experts, out, columns = self.shape
-        return Packed(self.codec, (experts * out, columns), tensors)
+        parts = {part: tensor for part, tensor in tensors.items() if part != CORRECTION}
+        return Packed(self.codec, (experts * out, columns), parts, tensors.get(CORRECTION))
 
     def check(self, packed: Packed) -> None:
-        """Raise FormatError where the codec finds damage, or finds another number of matrices than there are."""
+        """Raise FormatError where the codec finds damage, or finds another number of matrices than there are; or where
+        a correction is no number."""
         formats.check_stack(packed, self.shape[0])
+        if packed.correction is not None and not torch.isfinite(packed.correction).all():
+            raise FormatError("a correction is NaN or infinite; the file is damaged", tensor=CORRECTION)
 
 
 def parse_tensor(value: Any, where: str) -> tuple[torch.dtype, list[int]]:

@@ -23,7 +23,7 @@ from halfbit.layout import Entry, packed_name
 from halfbit.linears import WEIGHT
 from halfbit.routing import by_expert, weighted_sum
 from halfbit.triton_support import has_kernels, runs_on
-from halfbit.types import Codec, Packed
+from halfbit.types import CORRECTION, Codec, Packed
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,6 +78,13 @@ class PackedMatrix(nn.Module):
                 same = f"runtime_{number}"
                 self.register_buffer(same, tensor, persistent=False)
             self._derived.append(same)
+
+    def added(self, bias: Tensor | None) -> Tensor | None:
+        """What is added to products: the bias of the module, if any, and the correction that is stored here, if any."""
+        if CORRECTION not in self.entry.tensors:
+            return bias
+        correction = self.get_buffer(CORRECTION)
+        return correction if bias is None else bias + correction.to(bias.dtype).view_as(bias)
 
     def operands(self) -> list[Tensor]:
         """What the codec's product takes."""
@@ -296,6 +303,13 @@ class PackedExperts(nn.Module):
         assert isinstance(found, PackedMatrix)
         return found
 
+    def _added(self) -> list[Tensor | None]:
+        """To the products of the input and of the output projection, `[experts, out]`."""
+        return [
+            self.matrix(matrix).added(self._bias(names))
+            for matrix, names in zip((self._up, self._down), self._biases, strict=True)
+        ]
+
     def _bias(self, names: list[str]) -> Tensor | None:
         found: list[Tensor] = [self.get_parameter(n) for n in names]
         # one alone is not copied: this runs for every token
@@ -309,7 +323,7 @@ class PackedExperts(nn.Module):
         else:
             assert self._gate is not None
             gate = self._gate
-        up_bias, down_bias = (self._bias(names) for names in self._biases)
+        up_bias, down_bias = self._added()
         post = self.get_submodule(self.stack.post_norm) if self.stack.post_norm is not None else None
         experts = self.stack.num_experts
         return experts_forward(hidden, index, weights, experts, up, down, gate, up_bias, down_bias, post)
@@ -320,7 +334,7 @@ class PackedExperts(nn.Module):
         # calling an operator of torch.library takes a tenth as long as the layer does with one token
         if self._named_gate is not None and not (hidden.is_cpu and eager(hidden)):
             gate, numbers = self._named_gate
-            up_bias, down_bias = (self._bias(names) for names in self._biases)
+            up_bias, down_bias = self._added()
             out = experts_op(
                 hidden,
                 index,
@@ -439,8 +453,9 @@ class PackedLinear(_PackedLayer):
             y = matrix(rows, one_group(rows.shape[0]))
         else:
             y = linear_op(rows, matrix.operands(), matrix.codec_config, self.out_features)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+        added = matrix.added(self.bias)
+        if added is not None:
+            y = y + added.to(y.dtype)
         return y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -104,6 +104,7 @@ def matrices(blueprint: Blueprint, recipe: Recipe) -> list[Matrices]:
                 shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
                 sample = samples.rows(stack, names, shape) if isinstance(rule.grid, Ternary | Deadzone) else None
                 bits, why = stored_bits(rule, shape, sample)
+                bits += recipe.solving.added_bits(rule, shape[1]) if rule.bits is None else 0
                 found.append(
                     Matrices("experts", path, family.block_of(path), rule, shape, stack.num_experts, bits, why)
                 )

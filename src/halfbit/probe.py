@@ -299,9 +299,10 @@ class Probe:
             compressed = w.clone()
             for choices, dense in self._solved(rule, w, h, names, wide):
                 other = replace(group, **{which: dense.to(w)})
+                added = self._recipe.solving.added_bits(rule, w.shape[2])
                 for i, (choice, judge) in enumerate(zip(choices, judges, strict=True)):
                     error = _error(group, other, i, routed, judge)
-                    if _take(self._roles[name], names[i], replace(choice, loss=error), rule):
+                    if _take(self._roles[name], names[i], replace(choice, bits=choice.bits + added, loss=error), rule):
                         compressed[i] = dense[i]
             trials[name] = replace(group, **{which: compressed})
         group.run(routed)

@@ -169,10 +169,17 @@ class Solving:
     output_weights: float = 0.0
     """Rows of an expert's input projections share its bits by what their errors cost in its answers: the grid deadzone
     is as much narrower as that cost, to this power, is larger (`solve/rows.py`). 0: all rows alike."""
+    mean_correction: bool = False
+    """What an expert's matrix answers wrongly on the mean over its tokens is stored, 16 bits for each row, and added to
+    its products."""
 
     def __post_init__(self):
         if not 0 < self.damping < inf or self.experts_per_batch < 1 or not 0 <= self.output_weights <= 1:
             raise RecipeError(f"damping must be > 0, experts_per_batch >= 1, output_weights in [0, 1]; got {self}")
+
+    def added_bits(self, rule: Rule, columns: int) -> float:
+        """Of an expert's matrix, stored bits per weight that are not its codec's."""
+        return 16 / columns if self.mean_correction and rule.solver != "rtn" else 0.0
 
 
 @dataclass(frozen=True)

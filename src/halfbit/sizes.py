@@ -70,6 +70,8 @@ class Account:
         linears = choose(recipe, family)
         # (rule, shape, how many)
         matrices: list[tuple[Rule, tuple[int, int], int]] = []
+        # bits per weight beside the codec's
+        added: list[float] = []
         stacks = []
         for stack in family.experts.values():
             for names in (stack.up, (stack.down,)):
@@ -77,11 +79,13 @@ class Account:
                 if rule is not None:
                     shape = sum(stack.projections[p][0] for p in names), stack.projections[names[0]][1]
                     matrices.append((rule, shape, stack.num_experts))
+                    added.append(recipe.solving.added_bits(rule, shape[1]))
                     stacks.append(stack)
         free = [rule for rule, _, _ in matrices if rule.takes("bits")]
         for linear, rule in linears.values():
             rows, columns = family.model.get_parameter_or_buffer(linear.name).shape
             matrices.append((rule, (rows, columns), 1))
+        added += [0.0] * len(linears)
         free = free or [rule for rule, _, _ in matrices if rule.takes("bits")]
         if not free:
             raise RecipeError(f"recipe {recipe.name!r}: no weight of {source} has a rule whose rate can be chosen")
@@ -89,17 +93,17 @@ class Account:
         plain = [n for n in reader.names() if n not in packed]
         fixed = float(sum(prod(reader.shape(n)) * reader.dtype(n).itemsize for n in plain))
         weights, least, most, parts, described = 0, 0.0, 0.0, 0.0, 0
-        for rule, shape, count in matrices:
+        for (rule, shape, count), more in zip(matrices, added, strict=True):
             size = count * prod(shape)
             codecs = [option.codec for option in rule.options or (rule,) if option.codec is not None]
             names = [len(codec.parts) for codec in codecs]
-            parts += max(names) + (ALL_OPTIONS * (sum(names) - max(names)) if count > 1 else 0)
+            parts += (more > 0) + max(names) + (ALL_OPTIONS * (sum(names) - max(names)) if count > 1 else 0)
             described += max(len(fields(codec)) for codec in codecs)  # pyright: ignore[reportArgumentType]
             if any(rule is other for other in free):
                 low, high = _range(rule, shape)
-                weights, least, most = weights + size, least + low * size, most + high * size
+                weights, least, most = weights + size, least + (low + more) * size, most + (high + more) * size
             else:
-                fixed += size * (blank_bits(shape, rule) if rule.bits is None else rule.bits) / 8
+                fixed += size * (blank_bits(shape, rule) + more if rule.bits is None else rule.bits) / 8
         files = sum(reader.path(n).stat().st_size for n in reader.auxiliary_files())
         about = files + int(PER_TENSOR * (len(plain) + parts)) + PER_FIELD * described + ONCE
         about += sum(count * (PER_MATRIX + (PER_CHOICE if rule.options else 0)) for rule, _, count in matrices)

@@ -49,7 +49,7 @@ def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Wri
             orders[path] = order
     shared = {} if owner is None else {"order": owner}
     nbytes = 0
-    for part, tensor in packed.tensors.items():
+    for part, tensor in packed.stored.items():
         if part not in shared:
             writer.put(stored_name(path, WEIGHT, part), tensor)
             nbytes += tensor.numel() * tensor.element_size()
@@ -59,7 +59,7 @@ def put_linear(path: str, packed: Packed, orders: dict[str, Tensor], writer: Wri
 
 def keep_linear(journal: Journal, path: str, packed: Packed, facts: dict[str, Any]) -> None:
     """A linear layer that is decided, until its block is written."""
-    journal.add(path, packed.tensors, facts | {"entry": Entry.of(packed, 1).to_config()})
+    journal.add(path, packed.stored, facts | {"entry": Entry.of(packed, 1).to_config()})
 
 
 def kept_linear(journal: Journal, path: str) -> tuple[Packed, dict[str, Any]] | None:
@@ -81,7 +81,7 @@ def put_experts(stack: ExpertStack, packed: tuple[list[Packed], list[Packed]], w
     for matrices, projection in zip(packed, stored_names(stack), strict=True):
         whole = formats.stack(matrices)
         matrices.clear()
-        for part, tensor in whole.tensors.items():
+        for part, tensor in whole.stored.items():
             writer.put(stored_name(stack.path, projection, part), tensor)
         entry[projection] = Entry.of(whole, stack.num_experts).to_config()
     writer.record("packed", stack.path, entry)
@@ -92,7 +92,7 @@ def keep_experts(journal: Journal, key: str, roles: Roles, facts: dict[str, Any]
     tensors, entries = {}, []
     for number, matrices in enumerate(roles):
         whole = formats.stack(matrices)
-        tensors |= {f"{number}/{part}": tensor for part, tensor in whole.tensors.items()}
+        tensors |= {f"{number}/{part}": tensor for part, tensor in whole.stored.items()}
         entries.append(Entry.of(whole, len(matrices)).to_config())
     journal.add(key, tensors, facts | {"entries": entries})
 
@@ -107,7 +107,7 @@ def kept_experts(journal: Journal, key: str) -> tuple[Roles, dict[str, Any]] | N
     for number, config in enumerate(facts["entries"]):
         entry = Entry.parse(config, key)
         whole = entry.packed({part: tensors[f"{number}/{part}"] for part in entry.tensors})
-        roles.append([whole.codec.part(whole, e, entry.shape[0]) for e in range(entry.shape[0])])
+        roles.append([whole.part(e, entry.shape[0]) for e in range(entry.shape[0])])
     return (roles[0], roles[1]), facts
 
 

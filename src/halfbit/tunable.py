@@ -9,6 +9,7 @@ constants, decoded: what lies before them learns through them.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -220,6 +221,7 @@ class TunableStack(nn.Module):
     def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
         super().__init__()
         self.codec: Codec = packed.codec
+        self._correction = packed.correction
         self._out = packed.shape[0] // experts
         self.members = nn.ModuleList()
         # of each expert, which member it is in, and where there
@@ -258,7 +260,9 @@ class TunableStack(nn.Module):
 
     def packed(self) -> list[Packed]:
         """The matrices as they are stored; what learned is rounded to that."""
-        return self._in_order([m.packed() for m in self._members()])
+        found = self._in_order([m.packed() for m in self._members()])
+        own = [None] * len(found) if self._correction is None else self._correction.cpu().split(1)
+        return [replace(packed, correction=c) for packed, c in zip(found, own, strict=True)]
 
     def _members(self) -> list[TunableMatrix | ConstantMatrix]:
         return [m for m in self.members if isinstance(m, TunableMatrix | ConstantMatrix)]

@@ -12,6 +12,7 @@ saved and gives the same result. The compressed folder it starts from stays as i
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from halfbit.recipe import ROUTERS, Tuning
 from halfbit.samples import Sample, with_noise
 from halfbit.teacher import ask, divergence
 from halfbit.tunable import DENSITY_EVERY, TunableExperts, TunableMatrix, TunableStack, frozen, is_tunable
-from halfbit.types import Packed
+from halfbit.types import Packed, corrections
 from halfbit.untrusted import read_json
 from halfbit.writer import INDEX, Writer
 
@@ -332,10 +333,10 @@ def _write(
     for (path, name), parts in packed.items():
         # of the codec that is there, so that the tensors keep their names
         codec = Entry.parse(begun.manifest["packed"][path][name], f"{path}.{name}").codec
-        wholes[path, name] = codec.stack(parts)
+        wholes[path, name] = replace(codec.stack(parts), correction=corrections(parts))
     replaced = dict(plain)
     for (path, name), whole in wholes.items():
-        replaced |= {stored_name(path, name, part): t for part, t in whole.tensors.items()}
+        replaced |= {stored_name(path, name, part): t for part, t in whole.stored.items()}
     for block, entry in begun.manifest["blocks"].items():
         if writer.has(block):
             continue

@@ -9,7 +9,8 @@ dtype they are stored in before the solver uses them.
 Matrices are `[out, in]`; a stack of experts is one tall matrix `[experts * out, in]`, made of matrices of one shape.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from halfbit.rotation import undo
 
 Params = dict[str, Tensor]
+# name of what is stored beside a codec's parts
+CORRECTION = "correction"
 
 
 @runtime_checkable
@@ -120,16 +123,29 @@ class Packed:
     Attributes:
         codec: the codec that wrote it.
         shape: (rows, columns) of the decoded matrix.
-        tensors: stored tensors by part name; every bit that is stored is in here.
+        tensors: stored tensors by part name.
+        correction: bfloat16 `[matrices, rows of one]`, added to every product; no part of the matrix. None: there is
+            none.
     """
 
     codec: "Codec"
     shape: tuple[int, int]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    correction: Tensor | None = None
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """Every bit that is stored, by name."""
+        return self.tensors if self.correction is None else self.tensors | {CORRECTION: self.correction}
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.numel() * t.element_size() for t in self.stored.values())
+
+    def part(self, number: int, count: int) -> "Packed":
+        """Matrix `number` of the `count` that were stacked, with its correction."""
+        own = None if self.correction is None else self.correction[number : number + 1]
+        return replace(self.codec.part(self, number, count), correction=own)
 
     @property
     def bits_per_weight(self) -> float:
@@ -199,6 +215,14 @@ class Codec(Protocol):
         Raises Unsupported where a format cannot find a row without decoding those before it.
         """
         ...
+
+
+def corrections(parts: Sequence[Packed]) -> Tensor | None:
+    """Those of several matrices, one below another; None where none of them has any."""
+    found = [part.correction for part in parts if part.correction is not None]
+    if found and len(found) != len(parts):
+        raise ValueError(f"{len(found)} of {len(parts)} matrices have a correction; all of a stack have one, or none")
+    return torch.cat(found) if found else None
 
 
 # matrices of the input and of the output projections, one of each per expert

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from halfbit import config as configuration
 from halfbit import registry
 from halfbit.formats._shapes import check_stack
 from halfbit.formats.mixed import Mixed, by_codec, separate
-from halfbit.types import Codec, Packed
+from halfbit.types import Codec, Packed, corrections
 
 __all__ = ["by_codec", "check_stack", "from_config", "stack", "to_config"]
 
@@ -36,7 +37,8 @@ def stack(matrices: list[Packed]) -> Packed:
 
     Raises ValueError for unequal shapes, RecipeError for more codecs than fit.
     """
+    own = corrections(matrices)
     matrices = separate(matrices)
     codecs = tuple(dict.fromkeys(matrix.codec for matrix in matrices))
     codec = codecs[0] if len(codecs) == 1 else Mixed(codecs)
-    return codec.stack(matrices)
+    return replace(codec.stack(matrices), correction=own)
