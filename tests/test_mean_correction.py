@@ -11,7 +11,7 @@ from test_expert_groups import EXPERTS, WIDTH, given
 from torch import Tensor
 
 from halfbit import formats, hf
-from halfbit.compress import compress
+from halfbit.compress import calibration_samples, compress
 from halfbit.errors import FormatError, RecipeError
 from halfbit.events import BlockBegan
 from halfbit.expert_groups import Training, off
@@ -19,10 +19,11 @@ from halfbit.experts import experts_forward
 from halfbit.families import open_family
 from halfbit.folder import inspect, verify
 from halfbit.layout import Entry
-from halfbit.nn import PackedExperts
+from halfbit.nn import PackedExperts, PackedLinear
 from halfbit.reader import Reader
 from halfbit.recipe import Coverage, Recipe, Rule, Solving
 from halfbit.solve.rtn import rtn
+from halfbit.tunable import frozen
 from halfbit.types import Packed, corrections
 
 CORRECTED = "mean_correction = false -> mean_correction = true"
@@ -132,11 +133,46 @@ def test_folders_answer_with_their_corrections(name: str, saved, made, tmp_path)
         assert packed_bytes - before == pytest.approx(rows, rel=0.2)
 
 
-@pytest.mark.parametrize("changes", [CORRECTED, f"{CORRECTED}\nasymmetric = true"])
-def test_an_interrupted_run_continues_to_the_identical_files(changes: str, saved, tmp_path) -> None:
+@pytest.mark.parametrize(("name", "first"), [("opt", "k_proj"), ("qwen3-moe", "q_proj")])
+def test_layers_answer_with_their_corrections(name: str, first: str, saved, tmp_path) -> None:
+    """Linear layers outside experts, with and without biases; the first one sees what the original sees."""
+    source = saved(name)
+    run(source, tmp_path / "out", "gptq-2-g8", CORRECTED)
+    model, original = load(tmp_path / "out"), load(source)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert layers
+    random = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        x = torch.randn(2, 3, layer.in_features, generator=random)
+        weight = layer.matrix.codec.decode(layer.matrix.packed())
+        expected = torch.nn.functional.linear(x, weight, layer.bias) + layer.matrix.get_buffer("correction").float()
+        assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(frozen(layer)(x), expected, rtol=1e-4, atol=1e-5)
+    assert [str(found) for found in verify(tmp_path / "out") if not isinstance(found, str)] == []
+
+    path, layer = next((p, m) for p, m in layers.items() if p.endswith(first))
+    family, reader = open_family(Reader(str(source))), Reader(str(source))
+    _, samples = calibration_samples(reader, family, chosen("qmoe"), text(source))
+    given = []
+    hook = original.get_submodule(path).register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    solved_on = [s for s in samples if not s.held]
+    with torch.no_grad():
+        for sample in solved_on:
+            original(input_ids=sample.ids[None])
+    hook.remove()
+    rows = torch.cat([x[0][s.keep] for x, s in zip(given, solved_on, strict=True)]).double()
+    away = original.get_submodule(path).weight.double() - layer.matrix.codec.decode(layer.matrix.packed()).double()
+    expected = len(rows) / (len(rows) + 64) * away @ rows.mean(0)
+    assert torch.allclose(layer.matrix.get_buffer("correction")[0].double(), expected, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["plain", "asymmetric", "layers"])
+def test_an_interrupted_run_continues_to_the_identical_files(recipe: str, saved, tmp_path) -> None:
     source = saved("qwen3-moe")
-    how = chosen("qmoe")
-    solving = replace(how.solving, mean_correction=True, asymmetric="asymmetric" in changes)
+    how = chosen("gptq-2-g8" if recipe == "layers" else "qmoe")
+    sequential = recipe == "layers"
+    asymmetric = recipe == "asymmetric"
+    solving = replace(how.solving, mean_correction=True, asymmetric=asymmetric, true_sequential=sequential)
     how = replace(how, solving=solving)
     list(compress(str(source), tmp_path / "whole", how, text(source)))
     steps: Any = compress(str(source), tmp_path / "out", how, text(source))

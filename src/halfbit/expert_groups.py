@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbit.activations import Routed
-from halfbit.errors import CoverageError, RecipeError
+from halfbit.errors import CoverageError
 from halfbit.experts import ExpertStack
 from halfbit.family import Family
 from halfbit.flow import Flow
@@ -236,9 +236,8 @@ def solve(
 
     training = Training.of(group, recipe, routed)
     _check_coverage(recipe.coverage, group.names, training.tokens, notices)
-    rules = tuple(
-        [_beside(rule, w, recipe) for rule in own] for own, w in zip(rules, (group.up, group.down), strict=True)
-    )
+    beside = recipe.solving.beside_correction
+    rules = [beside(r, group.up.shape[2]) for r in rules[0]], [beside(r, group.down.shape[2]) for r in rules[1]]
 
     def role(
         w: Tensor, rules: Rules, view: View, original: View, wide: Tensor | None = None, *, alike: bool = False
@@ -269,18 +268,6 @@ def solve(
         lambda i, rows: group.hidden(i, original(i, rows)),
     )
     return SolvedGroup(up, down, (aim_up, aim_down), training, notices)
-
-
-def _beside(rule: Rule, w: Tensor, recipe: Recipe) -> Rule:
-    """The rule with the bits that a correction beside a matrix of `w` leaves, where it says bits."""
-    if rule.bits is None or not (added := recipe.solving.added_bits(rule, w.shape[2])):
-        return rule
-    if added >= rule.bits:
-        raise RecipeError(
-            f"rule {rule.match!r}: mean_correction alone takes {added:.3f} bits per weight of matrices of "
-            f"{w.shape[2]} columns, of {rule.bits:g} allowed; allow more, or set [solving] mean_correction = false"
-        )
-    return replace(rule, bits=rule.bits - added)
 
 
 def correct(
@@ -330,7 +317,7 @@ def off(
     w, q = getattr(group, role).double(), getattr(other, role).double()
     found = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
     for i, rows in enumerate(training.rows):
-        share = len(rows) / (len(rows) + recipe.coverage.shrink_tokens)
+        share = recipe.coverage.known(len(rows))
         wanted = training.mean(i, lambda chunk, i=i: given(group, i, chunk, theirs))
         answered = training.mean(i, lambda chunk, i=i: given(other, i, chunk, None))
         if len(rows):

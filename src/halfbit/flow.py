@@ -37,12 +37,13 @@ class _Door(Exception):
 class Seen:
     """Linear layers that are given the same tensor, in the order in which they run, and its Hessian (one "expert").
 
-    Without calibration there is none. `held` is what they are given by samples that are held back, some rows
-    (`MOST_HELD` at most) of each batch, on the device.
+    Without calibration there is none. `total` is the sum of what they are given, `[in]`; `held` what they are given by
+    samples that are held back, some rows (`MOST_HELD` at most) of each batch, on the device.
     """
 
     paths: list[str]
     hessian: Hessian | None
+    total: Tensor | None = None
     held: list[Tensor] = field(default_factory=list)
 
 
@@ -92,7 +93,10 @@ class _Watch:
             # what is not one row per token, such as an encoder's states in a decoder, is taken whole
             keep = self.keep
             assert known.hessian is not None
-            known.hessian.add(rows[keep.to(x.device)] if keep is not None and len(keep) == len(rows) else rows)
+            rows = rows[keep.to(x.device)] if keep is not None and len(keep) == len(rows) else rows
+            known.hessian.add(rows)
+            total = rows.sum(0, dtype=torch.float32)
+            known.total = total if known.total is None else known.total + total
         self.given.append((x, known))
 
 

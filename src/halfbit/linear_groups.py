@@ -7,6 +7,7 @@ the experts see what is before them compressed. With `true_sequential` each grou
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from halfbit.outputs import Judged, unlike
 from halfbit.recipe import Recipe, Rule
 from halfbit.solving import solve
 from halfbit.storing import keep_linear, kept_linear, put_linear
+from halfbit.types import Packed
 from halfbit.writer import Writer
 
 Chosen = dict[str, tuple[Linear, Rule]]
@@ -123,11 +125,14 @@ def solve_group(
         if found is None:
             notices: list[str] = []
             h = None if seen.hessian is None else seen.hessian.sum.to(device)
-            (solution,) = solve(w[None], h, [rule], recipe.solving, [path], notices, order_is_stored=not free)
+            own = recipe.solving.beside_correction(rule, w.shape[1])
+            (solution,) = solve(w[None], h, [own], recipe.solving, [path], notices, order_is_stored=not free)
             assert rule.codec is not None
             packed = rule.codec.encode(solution)
             decoded = rule.codec.decode(packed)
             facts = {"loss": solution.loss, "notices": notices, "wrong": unlike(solution, decoded)}
+            if recipe.solving.added_bits(rule, w.shape[1]):
+                packed = replace(packed, correction=_correction(w, decoded, seen, recipe))
             keep_linear(writer.journal, path, packed, facts)
         else:
             packed, facts = found
@@ -141,16 +146,35 @@ def solve_group(
         }
         writer.record("matrices", linear.name, fact)
         yield Solved(linear.name, fact["loss"], fact["bits_per_weight"], fact["tokens"])
-        writer.record("outputs", path, judge(w, decoded.to(w), seen.held, facts["wrong"]).as_dict())
-        family.replace(linear.name, decoded)
+        judged = judge(w, decoded.to(w), seen.held, facts["wrong"], packed.correction)
+        writer.record("outputs", path, judged.as_dict())
+        _put(family, path, linear.name, packed, decoded)
 
 
-def judge(w: Tensor, decoded: Tensor, held: list[Tensor], wrong: int) -> Judged:
+def _correction(w: Tensor, decoded: Tensor, seen: Seen, recipe: Recipe) -> Tensor:
+    """bfloat16 `[1, out]` on the CPU: what the layer's answers lack on the mean over its tokens; see
+    `expert_groups.off`."""
+    assert seen.hessian is not None
+    assert seen.total is not None
+    tokens = int(seen.hessian.tokens[0])
+    mean = recipe.coverage.known(tokens) * seen.total.double() / max(tokens, 1)
+    return ((w - decoded.to(w)).double() @ mean)[None].to("cpu", torch.bfloat16)
+
+
+def _put(family: Family, path: str, name: str, packed: Packed, decoded: Tensor) -> None:
+    """What is decoded takes the weight's place in the family's model."""
+    family.replace(name, decoded)
+    if packed.correction is not None:
+        family.correct(path, packed.correction[0])
+
+
+def judge(w: Tensor, decoded: Tensor, held: list[Tensor], wrong: int, correction: Tensor | None = None) -> Judged:
     """A layer's answers to held-back tokens, against the original's; its weights where nothing is held back."""
     if not held:
         return Judged.of(w, decoded, None, wrong)
     x = torch.cat(held).to(w)
-    return Judged.of(x @ w.T, x @ decoded.T, len(x), wrong)
+    answers = x @ decoded.T
+    return Judged.of(x @ w.T, answers if correction is None else answers + correction.to(w), len(x), wrong)
 
 
 def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Mapping[str, Tensor]) -> None:
@@ -160,4 +184,4 @@ def put_back(family: Family, chosen: Iterable[str], writer: Writer, tensors: Map
             continue  # it never ran
         entry = Entry.parse(writer.manifest["packed"][path][WEIGHT], f"{path}.{WEIGHT}")
         packed = entry.packed({part: tensors[name] for part, name in entry.stored(path, WEIGHT).items()})
-        family.replace(f"{path}.{WEIGHT}", packed.codec.decode(packed))
+        _put(family, path, f"{path}.{WEIGHT}", packed, packed.codec.decode(packed))

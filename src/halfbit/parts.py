@@ -112,6 +112,7 @@ def matrices(blueprint: Blueprint, recipe: Recipe) -> list[Matrices]:
     for path, (linear, rule) in choose(recipe, family).items():
         (out, width), _ = blueprint.weights[linear.name]
         bits, why = stored_bits(rule, (out, width))
+        bits += recipe.solving.added_bits(rule, width) if rule.bits is None else 0
         outer = linear.kind == "embedding" or family.model.get_submodule(path) is head
         kind: Kind = "embeddings" if outer else "linear layers"
         found.append(Matrices(kind, path, family.block_of(path), rule, (out, width), 1, bits, why))

@@ -238,7 +238,8 @@ class Probe:
         for choice, dense in self._solved(rule, w, h, [path]):
             delta = (dense[0] - w[0]).to(w)
             error = float((delta @ h[0].to(delta) * delta).sum())
-            if _take(role, path, replace(choice[0], loss=error), rule):
+            bits = choice[0].bits + self._recipe.solving.added_bits(rule, w.shape[2])
+            if _take(role, path, replace(choice[0], bits=bits, loss=error), rule):
                 trial = dense[0]
         return trial.to(self._dtype)
 

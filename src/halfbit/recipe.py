@@ -170,16 +170,28 @@ class Solving:
     """Rows of an expert's input projections share its bits by what their errors cost in its answers: the grid deadzone
     is as much narrower as that cost, to this power, is larger (`solve/rows.py`). 0: all rows alike."""
     mean_correction: bool = False
-    """What an expert's matrix answers wrongly on the mean over its tokens is stored, 16 bits for each row, and added to
-    its products."""
+    """What a matrix answers wrongly on the mean over its tokens is stored, 16 bits for each row, and added to its
+    products; of matrices that are not rounded to nearest."""
 
     def __post_init__(self):
         if not 0 < self.damping < inf or self.experts_per_batch < 1 or not 0 <= self.output_weights <= 1:
             raise RecipeError(f"damping must be > 0, experts_per_batch >= 1, output_weights in [0, 1]; got {self}")
 
     def added_bits(self, rule: Rule, columns: int) -> float:
-        """Of an expert's matrix, stored bits per weight that are not its codec's."""
+        """Of a matrix, stored bits per weight that are not its codec's."""
         return 16 / columns if self.mean_correction and rule.solver != "rtn" else 0.0
+
+    def beside_correction(self, rule: Rule, columns: int) -> Rule:
+        """The rule with what bits a correction leaves, where it says bits. Raises RecipeError where there are none."""
+        added = self.added_bits(rule, columns)
+        if rule.bits is None or not added:
+            return rule
+        if added >= rule.bits:
+            raise RecipeError(
+                f"rule {rule.match!r}: mean_correction alone takes {added:.3f} of {rule.bits:g} bits per weight of "
+                f"matrices of {columns} columns; allow more, or set [solving] mean_correction = false"
+            )
+        return replace(rule, bits=rule.bits - added)
 
 
 @dataclass(frozen=True)
@@ -200,6 +212,10 @@ class Coverage:
             raise RecipeError(f"undersampled must be one of {', '.join(UNDERSAMPLED)}; got {self.undersampled!r}")
         if not 0 < self.shrink_tokens < inf or self.floor < 1 or not 0 < self.max_tokens < inf:
             raise RecipeError(f"shrink_tokens and max_tokens must be > 0, floor >= 1; got {self}")
+
+    def known(self, tokens: int) -> float:
+        """How much a mean over so many tokens counts, against knowing nothing."""
+        return tokens / (tokens + self.shrink_tokens)
 
 
 @dataclass(frozen=True)

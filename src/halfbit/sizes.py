@@ -85,7 +85,7 @@ class Account:
         for linear, rule in linears.values():
             rows, columns = family.model.get_parameter_or_buffer(linear.name).shape
             matrices.append((rule, (rows, columns), 1))
-        added += [0.0] * len(linears)
+            added.append(recipe.solving.added_bits(rule, columns))
         free = free or [rule for rule, _, _ in matrices if rule.takes("bits")]
         if not free:
             raise RecipeError(f"recipe {recipe.name!r}: no weight of {source} has a rule whose rate can be chosen")

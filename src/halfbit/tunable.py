@@ -304,4 +304,7 @@ def frozen(layer: PackedLinear) -> nn.Linear:
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(matrix.codec.decode(matrix.packed()), requires_grad=False)
     dense.register_parameter("bias", layer.get_parameter("bias") if layer.bias is not None else None)
+    correction = matrix.added(None)
+    if correction is not None:
+        dense.register_forward_hook(lambda _module, _given, y: y + correction.to(y))
     return dense
