@@ -145,7 +145,10 @@ def test_layers_answer_with_their_corrections(name: str, first: str, saved, tmp_
     for layer in layers.values():
         x = torch.randn(2, 3, layer.in_features, generator=random)
         weight = layer.matrix.codec.decode(layer.matrix.packed())
-        expected = torch.nn.functional.linear(x, weight, layer.bias) + layer.matrix.get_buffer("correction").float()
+        expected = (
+            torch.nn.functional.linear(x, weight, layer.get_parameter("bias") if layer.bias is not None else None)
+            + layer.matrix.get_buffer("correction").float()
+        )
         assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
         assert torch.allclose(frozen(layer)(x), expected, rtol=1e-4, atol=1e-5)
     assert [str(found) for found in verify(tmp_path / "out") if not isinstance(found, str)] == []

@@ -441,6 +441,8 @@ class PackedLinear(_PackedLayer):
         dtype, tied: see `_PackedLayer`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype, *, tied: bool = False):
         super().__init__(matrix, dtype, tied)
         _, self.out_features, self.in_features = matrix.shape
