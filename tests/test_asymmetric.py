@@ -15,6 +15,7 @@ from halfbit.events import BlockBegan
 from halfbit.expert_pipeline import solve_module
 from halfbit.families import open_family
 from halfbit.flow import Flow
+from halfbit.journal import Journal
 from halfbit.pipeline import Profile
 from halfbit.reader import Reader
 from halfbit.recipe import Recipe, Rule
@@ -44,7 +45,7 @@ def test_the_corrected_weights_are_the_least_squares_solution(damping: float) ->
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "llama4"])
-def test_the_original_is_followed_block_by_block(name: str, saved) -> None:
+def test_the_original_is_followed_block_by_block(name: str, saved, tmp_path) -> None:
     """Against what hooks see in the original model."""
     source = saved(name)
     reader = Reader(str(source))
@@ -67,7 +68,8 @@ def test_the_original_is_followed_block_by_block(name: str, saved) -> None:
         model(torch.stack([s.ids for s in samples]))
     assert expected
     for block in part.blocks:
-        for path, found in _follow(flow, None, family, block, family.load_block(block), recipe, "cpu").items():
+        module, journal = family.load_block(block), Journal(tmp_path)
+        for path, found in _follow(flow, None, family, block, module, recipe, "cpu", journal, None).items():
             assert torch.allclose(found, expected[path].reshape(found.shape), rtol=1e-4, atol=1e-5)
 
 
