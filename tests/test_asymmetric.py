@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halfbit.activations import Routed
 from halfbit.compress import _follow, calibration_samples, compress
+from halfbit.crew import Devices
 from halfbit.errors import Unsupported
 from halfbit.events import BlockBegan
 from halfbit.expert_pipeline import solve_module
@@ -96,7 +97,8 @@ def test_only_what_has_drifted_is_solved_otherwise(name: str, made, tmp_path) ->
 def test_an_interrupted_run_continues_to_the_identical_files(name: str, made, tmp_path) -> None:
     source = made(name).source
     run(source, tmp_path / "whole", "qmoe", ASYMMETRIC)
-    how = Recipe.from_toml(chosen("qmoe").to_toml().replace(*ASYMMETRIC.split(" -> ")))
+    before, after = ASYMMETRIC.split(" -> ")
+    how = Recipe.from_toml(chosen("qmoe").to_toml().replace(before, after))
     steps: Any = compress(str(source), tmp_path / "out", how, text(source))
     next(event for event in steps if isinstance(event, BlockBegan) and event.number == 2)
     steps.close()
@@ -111,10 +113,10 @@ def test_rows_that_cannot_be_compared_are_refused(saved, tmp_path) -> None:
     routed = Routed(stack.num_experts, 4)
     routed.add(torch.rand(4, 8), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), torch.ones(4).bool())
     recipe = Recipe("", (Rule("*"),))
-    writer = Writer(tmp_path / "out", "", {})
+    writer, crew = Writer(tmp_path / "out", "", {}), Devices(["cpu"])
     with pytest.raises(Unsupported, match=rf"{path}: is called with 4 rows where the original is called with 3"):
         next(
             solve_module(
-                family, stack, ([], []), recipe, routed.close(), torch.rand(3, 8), None, writer, "cpu", Profile()
+                family, stack, ([], []), recipe, routed.close(), torch.rand(3, 8), None, writer, crew, Profile()
             )
         )
