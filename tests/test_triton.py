@@ -32,6 +32,19 @@ def test_kernels_when_interpreted(file: Path):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_compile_without_a_gpu_and_spill_nothing(target: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(HERE.parent / "bench")
+    import triton_compile
+
+    calls = triton_compile.grid_products(256, 512)
+    with triton_compile.compiling(triton_compile.TARGETS[target]) as found:
+        calls["spqr 3 bit, 1 tokens"]()
+    assert [k.name for k in found][0] == "_few"
+    assert all(k.registers > 0 and k.spilled == 0 for k in found)
+
+
 def test_launch_configurations_are_the_users_then_the_packages_then_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

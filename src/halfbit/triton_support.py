@@ -2,7 +2,8 @@
 
 How a format gets kernels for GPUs:
 
-    formats/NAME/triton.py      kernels and the functions that launch them; the only files that import triton
+    formats/NAME/triton.py      kernels and the functions that launch them; a format that is one file has
+                                formats/_NAME_triton.py. Only such files import triton
     backend(NAME, tensor)       that module, imported when first asked for, or None where other code must do it
 
 `Codec.runtime`, `product` and `lookup` (or the format's `kernels.py`) ask `backend`. The rules of such a module:
@@ -66,7 +67,14 @@ def runs_on(device: torch.device) -> bool:
 
 def has_kernels(name: str) -> bool:
     """Whether a format has Triton kernels, here or elsewhere."""
-    return (Path(__file__).parent / "formats" / name / "triton.py").is_file()
+    return _module(name) is not None
+
+
+@cache
+def _module(name: str) -> str | None:
+    formats = Path(__file__).parent / "formats"
+    files = {f"{name}.triton": formats / name / "triton.py", f"_{name}_triton": formats / f"_{name}_triton.py"}
+    return next((f"halfbit.formats.{module}" for module, file in files.items() if file.is_file()), None)
 
 
 def backend(name: str, t: Tensor) -> ModuleType | None:
@@ -76,7 +84,8 @@ def backend(name: str, t: Tensor) -> ModuleType | None:
 
 @cache
 def _kernels(name: str) -> ModuleType | None:
-    return import_module(f"halfbit.formats.{name}.triton") if has_kernels(name) else None
+    module = _module(name)
+    return None if module is None else import_module(module)
 
 
 def check_input(x: Tensor, columns: int, kernel: str) -> None:
@@ -85,6 +94,14 @@ def check_input(x: Tensor, columns: int, kernel: str) -> None:
         raise Unsupported(
             f"{kernel}: x must be [tokens, {columns}] in {', '.join(map(str, INPUTS))}, got {x.dtype} {list(x.shape)}"
         )
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors or compute units a device has for programs; 1 where they are interpreted."""
+    if device.type == "cpu":
+        return 1
+    told = getattr(torch, device.type).get_device_properties(device)
+    return told.gpu_subslice_count if device.type == "xpu" else told.multi_processor_count
 
 
 # --- launch configurations

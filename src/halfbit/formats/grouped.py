@@ -23,6 +23,7 @@ from halfbit.formats._grouped_product import grouped_product
 from halfbit.formats._order import check_order, order_of, pack_order, part_order, put_back, stack_orders, unpack_order
 from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.grids.affine import Affine
+from halfbit.triton_support import backend
 from halfbit.types import Packed, Solution
 
 DTYPES = {"codes": torch.uint8, "scale": torch.bfloat16, "zero": torch.uint8}
@@ -75,7 +76,7 @@ class Grouped:
         return Packed(self, solution.shape, {"codes": codes, "scale": scale, "zero": zero, "order": order})
 
     def decode(self, packed: Packed) -> Tensor:
-        *tensors, order = self.runtime(packed)
+        *tensors, order = self._operands(packed)
         dense = self._stored(*tensors, columns=packed.shape[1])
         step = max(1, packed.shape[0] // max(order.shape[0], 1))
         return torch.cat([put_back(part, order_of(order, n)) for n, part in enumerate(dense.split(step))])
@@ -122,12 +123,20 @@ class Grouped:
         return Packed(self, (rows, columns), tensors)
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """[codes, scale, zero] as stored, and the order as int64 [k, columns]."""
+        """[codes, scale, zero] as stored, the order as int64 [k, columns]; on a GPU what `_grouped_triton.py` makes."""
+        operands = self._operands(packed)
+        if kernels := backend(self.name, operands[0]):
+            return kernels.runtime(operands, self.bits, self.symmetric, packed.shape[1])
+        return operands
+
+    def _operands(self, packed: Packed) -> list[Tensor]:
         self.check(packed)
         t = packed.tensors
         return [t["codes"], t["scale"], t["zero"], unpack_order(t["order"], packed.shape[1])]
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        if kernels := backend(self.name, x):
+            return kernels.product(x, starts, tensors, out_features, (self.bits, self.group, self.symmetric))
         *stored, order = tensors
 
         def matrix(g: int) -> Tensor:
@@ -137,6 +146,8 @@ class Grouped:
         return grouped_product(x, starts, out_features, matrix, lambda g: order_of(order, g))
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
+        if kernels := backend(self.name, rows):
+            return kernels.lookup(rows, tensors, (self.bits, self.group, self.symmetric))
         *stored, order = tensors
         return put_back(self._stored(*(t[rows] for t in stored), columns=columns), order_of(order, 0))
 

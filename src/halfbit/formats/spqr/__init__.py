@@ -27,7 +27,7 @@ from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._eager import eager
 from halfbit.formats._order import check_order, pack_order, part_order, stack_orders, unpack_order
 from halfbit.formats._shapes import check_rotated, one_shape
-from halfbit.formats.spqr import kernels, reference, tiled
+from halfbit.formats.spqr import kernels, tiled
 from halfbit.formats.spqr.reference import CHUNK, Form, Matrix, Operands, nibbles
 from halfbit.formats.spqr.tiled import TILE
 from halfbit.grids.bilevel import Bilevel
@@ -180,9 +180,10 @@ class SpQR:
         return Packed(self, shape, {part: tensors[part] for part in self.parts})
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """The fields of `reference.Operands`. Every place that they name is inside of the matrix."""
+        """The fields of `reference.Operands`; on a GPU what `triton.py` makes of them. Every place that they name is
+        inside of the matrix."""
         self._check_tensors(packed)
-        return self._operands(packed)
+        return kernels.runtime(self._operands(packed), self.form)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         if eager(x):
@@ -190,7 +191,7 @@ class SpQR:
         return torch.ops.halfbit.spqr_product(x, starts, tensors, list(self.form))
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
-        return reference.lookup(rows, tensors, self.form)
+        return kernels.lookup(rows, tensors, self.form)
 
     def _operands(self, packed: Packed) -> list[Tensor]:
         t, (rows, columns) = packed.tensors, self._one(packed)

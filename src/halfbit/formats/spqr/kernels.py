@@ -1,4 +1,4 @@
-"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+"""Which implementation runs: C++ on the CPU where the extension is built, Triton on GPUs, plain torch everywhere else.
 
 `halfbit::spqr_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
 """
@@ -9,6 +9,7 @@ from torch import Tensor
 from halfbit import native
 from halfbit.formats.spqr import reference
 from halfbit.formats.spqr.reference import Form
+from halfbit.triton_support import backend
 
 if native.extension is not None:
     from halfbit.formats.spqr import cpu
@@ -25,7 +26,18 @@ def _native(t: Tensor) -> bool:
 
 def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
     """See `Codec.product`; `tensors` are those of `SpQR.runtime`, `form` is `SpQR.form`."""
-    return (cpu if _native(x) else reference).product(x, starts, tensors, form)
+    return (backend("spqr", x) or (cpu if _native(x) else reference)).product(x, starts, tensors, form)
+
+
+def lookup(rows: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
+    """See `Codec.lookup`."""
+    return (backend("spqr", rows) or reference).lookup(rows, tensors, form)
+
+
+def runtime(tensors: list[Tensor], form: Form) -> list[Tensor]:
+    """The operands for the device that they are on; `tensors` are the fields of `reference.Operands`."""
+    found = backend("spqr", tensors[0])
+    return found.runtime(tensors, form) if found else tensors
 
 
 @torch.library.custom_op(
