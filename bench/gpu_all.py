@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from halfbit import formats, native, nn, registry, triton_support
+from halfbit.bench import matrices as matrices_of
 from halfbit.formats._grouped_product import one_group
 from halfbit.types import Codec, Packed
 
@@ -204,18 +205,10 @@ def bandwidth(report: Report, nbytes: int, microseconds: float) -> dict[str, flo
 # --- matrices
 
 
-def solution_of(codec: Codec, rows: int, columns: int) -> Any:
-    """Ternary with QMoE's share of zeros; others need no solution, see `random_operands`."""
-    import products
-    import runlength
-
-    if codec.name == "qmoe":
-        return products.ternary(rows, columns)
-    return runlength.deadzone(rows, columns, products.ZEROS, codec)  # type: ignore[arg-type]
-
-
 def random_operands(codec: Codec, rows: int, columns: int, matrices: int = 1) -> tuple[list[Tensor], int]:
-    """Operands of a random matrix of a grid format, made on the device, and the bytes that a product reads."""
+    """Operands of a random matrix of a grid format, made on the device, and the bytes that a product reads.
+
+    Encoding 235 million weights on a CPU would take longer than all that is measured here."""
     from halfbit.formats import _grid_triton as grid
 
     def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -263,7 +256,7 @@ def operands_of(codec: Codec, rows: int, columns: int, matrices: int = 1) -> tup
     """Operands on the device, the bytes that a product reads, and the decoded matrix where it is known."""
     if codec.name in ("spqr", "grouped"):
         return *random_operands(codec, rows, columns, matrices), None
-    one = codec.encode(solution_of(codec, rows, columns))
+    one = matrices_of.packed(codec, rows, columns, matrices_of.Statistics(outliers=OUTLIERS))
     packed = codec.stack([one] * matrices) if matrices > 1 else one
     moved = Packed(codec, packed.shape, {name: t.to(DEVICE) for name, t in packed.tensors.items()})
     w = codec.decode(one).to(DEVICE) if matrices == 1 else None
