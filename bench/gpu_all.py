@@ -470,7 +470,9 @@ def _rivals(report: Report, experts: int, width: int, neurons: int, top: int) ->
 def command(report: Report, step: str, what: str, arguments: list[str], seconds: float) -> str:
     """Run a command of this repository; a row with its time, or with the end of what it printed."""
     begin = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    # commands are not interpreted: they only show that they are called rightly
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

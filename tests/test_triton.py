@@ -41,7 +41,7 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(target: str, monkeypatc
     calls = triton_compile.grid_products(256, 512)
     with triton_compile.compiling(triton_compile.TARGETS[target]) as found:
         calls["spqr 3 bit, 1 tokens"]()
-    assert [k.name for k in found][0] == "_few"
+    assert found[0].name == "_few"
     assert all(k.registers > 0 and k.spilled == 0 for k in found)
 
 

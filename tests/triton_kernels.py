@@ -19,7 +19,10 @@ from halfbit.types import Codec, Packed, Solution
 if triton_support.why_not():
     pytest.skip(triton_support.why_not(), allow_module_level=True)
 
+from halfbit.formats import _grid_triton
 from halfbit.formats._triton_parts import add_parts
+from halfbit.formats.grouped import Grouped
+from halfbit.formats.spqr import SpQR
 
 DEVICE = torch.device("cpu" if triton_support.INTERPRETED else "cuda")
 CODECS = [c for c in conformance.codecs() if triton_support.has_kernels(c.name)]
@@ -100,6 +103,17 @@ def test_lookup(codec: Codec):
         return
     assert found.dtype == torch.float32
     assert torch.equal(found, w[rows])
+
+
+@pytest.mark.parametrize("codec", [SpQR(), Grouped(3)], ids=repr)
+def test_very_many_tokens_go_through_the_librarys_product(codec: Codec, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_grid_triton, "DENSE_TOKENS", 5)
+    # two parts of 64 rows
+    monkeypatch.setattr(_grid_triton, "DENSE_BYTES", 0)
+    packed, (w,) = stacked(codec, 69, 70)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tokens_of(5, 70, dtype)
+        check(codec.product(x, torch.tensor([0, 5]), codec.runtime(packed), 69), x, w)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
