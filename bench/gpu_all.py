@@ -359,6 +359,52 @@ def _excess(y: Tensor, x: Tensor, w: Tensor) -> float:
     return float(((y.double() - exact).abs() / allowed).amax().nan_to_num(float("inf")))
 
 
+def tuning_step(report: Report) -> None:
+    """Launches of grid kernels at the goals' shapes: the fastest are remembered for the steps below, and copied to the
+    results, from where they can be shipped as `launches.json`."""
+    for options, (rows, columns), tokens in TUNED:
+        codec = registry.module("formats", "spqr").CODEC(**options)
+        with guarded(report, "tuning", f"{codec!r} {rows}x{columns}, {tokens} tokens"):
+            _tuned(report, codec, *((48, 64) if INTERPRET else (rows, columns)), tokens)
+    if triton_support.user_file().is_file():
+        (report.out / "launches.json").write_text(triton_support.user_file().read_text("utf-8"), "utf-8")
+
+
+def _tuned(report: Report, codec: Codec, rows: int, columns: int, tokens: int) -> None:
+    operands, nbytes = random_operands(codec, rows, columns)
+    every = copies(codec, operands, 2 if INTERPRET else max(4, min(64, (1 << 28) // nbytes)))
+    x, starts = torch.randn(tokens, columns, device=DEVICE, dtype=torch.bfloat16), one_group(tokens)
+    asked: list[Any] = []
+    chosen, launch = {}, triton_support.launch
+
+    def choose(kernel: str, key: Any, default: dict[str, int], device: torch.device) -> dict[str, int]:
+        asked[:] = [kernel, key, default]
+        own = default | chosen
+        # whole steps of the loop
+        return own | {"per_split": -(-own["per_split"] // own["BLOCKS"]) * own["BLOCKS"]}
+
+    triton_support.launch = choose
+    kinds, found = {}, {}
+    try:
+        for number, candidate in enumerate(CANDIDATES["few" if tokens <= 4 else "many"][: 2 if INTERPRET else None]):
+            chosen = candidate
+            with guarded(report, "tuning", str(candidate)):
+                kinds[str(number)] = replayed([partial(codec.product, x, starts, t, rows) for t in every]), len(every)
+                if INTERPRET:
+                    codec.product(x, starts, operands, rows)
+                found[str(number)] = choose(*asked, DEVICE)
+        chosen = {}
+        times = timed(kinds, 10)
+    finally:
+        triton_support.launch = launch
+    median = {name: statistics.median(t) for name, t in times.items()}
+    best = min(median, key=median.__getitem__)
+    if not INTERPRET:
+        triton_support.remember(asked[0], asked[1], found[best], DEVICE)
+    told = f"{found[best]}; " + ", ".join(f"{found[name]}: {m:.2f} us" for name, m in median.items())
+    report.add("tuning", repr(codec), shape=f"{rows}x{columns}", tokens=tokens, microseconds=median[best], note=told)
+
+
 def products_step(report: Report) -> None:
     for name, cases in GOALS.items():
         if not triton_support.has_kernels(name):
@@ -427,11 +473,8 @@ def experts_step(report: Report) -> None:
                 for rival, call in rivals.items():
                     with guarded(report, "experts", f"rival {rival}, {tokens} tokens"):
                         calls = [partial(call, hidden, *route) for route in routes]
-                        try:
-                            run = replayed(calls)
-                        except RuntimeError:  # it waits for the device, which no graph can
-                            run = in_turn(calls)
-                            run()
+                        # what waits for the device cannot be in a graph
+                        run = in_turn(calls) if rival == "eager" else replayed(calls)
                         kinds[rival] = (run, len(routes))
                 others = [name for name in kinds if name != "ours"]
                 told = compared(report, timed(kinds, 8), "ours", others) if others else {}
@@ -571,14 +614,27 @@ def generation_step(report: Report) -> None:
                         )
 
 
+# the first is the kernels' own default
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "few": [{}, {"BLOCKS": 64}, {"BLOCKS": 16, "num_warps": 2}, {"BLOCKS": 64, "num_warps": 8}, {"ROWS": 32}],
+    "many": [{}, {"BLOCKS": 4}, {"num_warps": 8}, {"ROWS": 128, "num_warps": 8}, {"ROWS": 32}],
+}
+TUNED = [
+    ({"bits": 3}, (4096, 4096), 1),
+    ({"bits": 3}, (8192, 28672), 1),
+    ({"bits": 3}, (4096, 4096), 16),
+    ({"bits": 4}, (4096, 4096), 16),
+]
+
 # seconds of each step; all of it stays below nine minutes
 STEPS: dict[str, tuple[Callable[[Report], None], float]] = {
     "environment": (environment, 30),
-    "correctness": (correctness, 110),
-    "products": (products_step, 130),
-    "experts": (experts_step, 70),
-    "generation": (generation_step, 100),
-    "compress": (compress_step, 90),
+    "correctness": (correctness, 100),
+    "tuning": (tuning_step, 50),
+    "products": (products_step, 110),
+    "experts": (experts_step, 60),
+    "generation": (generation_step, 95),
+    "compress": (compress_step, 85),
 }
 
 
