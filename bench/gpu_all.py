@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,7 +134,7 @@ def at_most(seconds: float) -> Iterator[None]:
 # --- measuring
 
 
-def in_turn(calls: list[Callable[[], object]]) -> Callable[[], None]:
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All calls, one after the other."""
 
     def run() -> None:
@@ -144,7 +144,7 @@ def in_turn(calls: list[Callable[[], object]]) -> Callable[[], None]:
     return run
 
 
-def replayed(calls: list[Callable[[], object]]) -> Callable[[], None]:
+def replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All calls as one CUDA graph; interpreted, they are just called."""
     if INTERPRET:
         return in_turn(calls)
@@ -161,7 +161,7 @@ def replayed(calls: list[Callable[[], object]]) -> Callable[[], None]:
     return graph.replay
 
 
-def timed(kinds: dict[str, tuple[Callable[[], object], int]], repetitions: int = REPLAYS) -> dict[str, list[float]]:
+def timed(kinds: Mapping[str, tuple[Callable[[], object], int]], repetitions: int = REPLAYS) -> dict[str, list[float]]:
     """Microseconds of one call of each kind, in turn; a kind is a function and how many calls it makes."""
     times: dict[str, list[float]] = {name: [] for name in kinds}
     warm = 0 if INTERPRET else 2
@@ -291,7 +291,7 @@ def environment(report: Report) -> None:
 
 def correctness(report: Report) -> None:
     """Every codec of the conformance tests that has kernels, small and odd, then each check of a real device."""
-    import conformance
+    import conformance  # pyright: ignore[reportMissingImports]
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
     try:
@@ -310,7 +310,7 @@ def _one_each(codecs: list[Codec]) -> list[Codec]:
 
 
 def _correct(codec: Codec) -> str:
-    import conformance
+    import conformance  # pyright: ignore[reportMissingImports]
 
     rows, columns = (21, 70) if INTERPRET else (333, 518)
     *_, solution = conformance.solutions_for(codec, rows, columns)
@@ -392,7 +392,7 @@ def _tuned(report: Report, codec: Codec, rows: int, columns: int, tokens: int) -
                 kinds[str(number)] = replayed([partial(codec.product, x, starts, t, rows) for t in every]), len(every)
                 if INTERPRET:
                     codec.product(x, starts, operands, rows)
-                found[str(number)] = choose(*asked, DEVICE)
+                found[str(number)] = choose(asked[0], asked[1], asked[2], DEVICE)
         chosen = {}
         times = timed(kinds, 10)
     finally:

@@ -15,8 +15,9 @@ Programs of a product with several matrices find their tokens themselves, from `
 as could be needed, and those that are not end at once. Outliers are added as their difference from the grid's value.
 """
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
-# pyright: reportAttributeAccessIssue=false
-# what Triton compiles is given plain numbers
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# what Triton compiles is another language in Python's clothes
 # ruff: noqa: E501, RUF005
 # its tuples grow by +, and lists of arguments are long
 
