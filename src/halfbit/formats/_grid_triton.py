@@ -595,7 +595,7 @@ def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form, name: 
     chosen = triton_support.launch(
         f"grid {'many' if many else 'few'}",
         [form.bits, form.group, rows, columns, groups, at_once],
-        _defaults(many, form, rows, blocks, tiles, x.device),
+        _defaults(many, at_once, rows, blocks, tiles, x.device),
         x.device,
     )
     splits = -(-blocks // chosen["per_split"])
@@ -633,7 +633,7 @@ def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form, name: 
 
 
 def _defaults(
-    many: bool, form: Form, rows: int, blocks: int, tiles: int, device: torch.device
+    many: bool, at_once: int, rows: int, blocks: int, tiles: int, device: torch.device
 ) -> triton_support.Launch:
     """How to launch where nothing was tuned: as many programs as keep the device busy, by splitting the columns."""
     found = {"ROWS": 64 if many else 16, "BLOCKS": 8 if many else 32, "SLOTS": 4 if many else 32}
@@ -642,7 +642,8 @@ def _defaults(
     per_split = -(-blocks // splits)
     # no program begins in the middle of what another has
     per_split = -(-per_split // found["BLOCKS"]) * found["BLOCKS"]
-    return found | {"per_split": per_split, "num_warps": 4, "num_stages": 2}
+    # sums of 64 x 64 would not fit the registers of four warps
+    return found | {"per_split": per_split, "num_warps": 8 if at_once > 16 else 4, "num_stages": 2}
 
 
 def _through_dense(x: Tensor, o: Operands, form: Form) -> Tensor:
