@@ -11,6 +11,7 @@ from halfbit.blueprint import Blueprint
 from halfbit.expert_groups import EXPERT_TOKENS, POOLED_TOKENS
 from halfbit.experts import ExpertStack
 from halfbit.flow import BLOCK_TOKENS
+from halfbit.grids.bilevel import Bilevel
 from halfbit.model_gate import MOST_LOGITS
 from halfbit.parts import Matrices
 from halfbit.probe import TRIAL_BYTES, TRIAL_TOKENS
@@ -151,8 +152,9 @@ def solve_bytes(experts: int, out: int, n: int, rules: list[Rule], *, asymmetric
     rotated = any(getattr(r.codec, "rotated", False) for r in rules)
     ordered = any(r.order != "identity" for r in rules)
     weights = experts * out * n
-    # turned round, what is fed back, codes twice, what is an outlier; and one matrix at a time decoded and compared
-    sweep = weights * (2 * F32 + 3) + (weights * F32 if ordered or rotated else 0) + 4 * F32 * out * n
+    # what is fed back, codes, which are outliers and what of; and one matrix at a time decoded and compared
+    outliers = (F32 + 1) * any(isinstance(r.grid, Bilevel) for r in rules)
+    sweep = weights * (F32 + 1 + outliers + (F32 if ordered or rotated else 0)) + 4 * F32 * out * n
     solving = kept + (h if rotated else 0) + (2 * h if ordered else 0) + h + max(factor_bytes(experts, n), sweep)
     return max(solving, (kept - h) + SHRINKING * h)
 

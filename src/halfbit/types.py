@@ -23,6 +23,36 @@ Params = dict[str, Tensor]
 CORRECTION = "correction"
 
 
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Three values: below `below` a weight is `low`, code 1; above `above` it is `high`, code 2; else 0, code 0.
+
+    Attributes, one of each for a row, `[..., out, 1]`; below <= 0 <= above.
+    """
+
+    below: Tensor
+    above: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Equal steps: code round(w / step + before) + after, no less than 0 nor more than `largest`.
+
+    Its value is step * (code - before - after).
+
+    Attributes:
+        step, before, after: `[..., out, 1]`; `after` are whole numbers, and `before` or `after` is 0.
+        largest: code.
+    """
+
+    step: Tensor
+    before: Tensor
+    after: Tensor
+    largest: int
+
+
 @runtime_checkable
 class Grid(Protocol):
     """Which values a weight can take. A frozen dataclass; its fields are its configuration, `eval(repr(g)) == g`.
@@ -47,6 +77,10 @@ class Grid(Protocol):
     def ready(self, params: Params) -> Params:
         """`params` of one group as `nearest` and `values` compute with them: widened, taken apart. They accept both;
         whoever asks for many columns of one group calls this once. Ready parameters stay as they are."""
+        ...
+
+    def plain(self, params: Params) -> Levels | Steps | None:
+        """What `nearest` and `values` compute under `params` of one group, for a kernel; None: it is more than that."""
         ...
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:

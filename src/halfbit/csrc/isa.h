@@ -9,6 +9,16 @@
 #define HALFBIT_X86 1
 #endif
 
+// What is between the two may use these instructions, and must run on CPUs that have them only.
+#define HALFBIT_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define HALFBIT_TARGET_END HALFBIT_PRAGMA(clang attribute pop)
+#else
+#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(GCC push_options) HALFBIT_PRAGMA(GCC target(names))
+#define HALFBIT_TARGET_END HALFBIT_PRAGMA(GCC pop_options)
+#endif
+
 namespace halfbit {
 
 // Ordered: a CPU that has one has all before it.

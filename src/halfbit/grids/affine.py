@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError
-from halfbit.types import Params
+from halfbit.types import Params, Steps
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -79,6 +79,10 @@ class Affine:
             return {"step": step, "shift": torch.full_like(step, 1 << (self.bits - 1))}
         # float, because uint8 differences wrap
         return {"step": step, "shift": params["zero"][..., None].to(torch.float32)}
+
+    def plain(self, params: Params) -> Steps:
+        ready = self.ready(params)
+        return Steps(ready["step"], torch.zeros_like(ready["step"]), ready["shift"], self.largest_code)
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         params = self.ready(params)

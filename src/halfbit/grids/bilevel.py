@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError, Unsupported
 from halfbit.grids._bilevel_search import Cost, search
-from halfbit.types import Params
+from halfbit.types import Params, Steps
 
 DTYPES = {
     "float16": torch.float16,
@@ -139,6 +139,12 @@ class Bilevel:
             "step": self.statistic("scale", params)[..., None],
             "shift": self.statistic("zero", params)[..., None],
         }
+
+    def plain(self, params: Params) -> Steps | None:
+        if self.rounding == "float16":
+            return None
+        ready = self.ready(params)
+        return Steps(ready["step"], ready["shift"], torch.zeros_like(ready["shift"]), self.largest_code)
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         params = self.ready(params)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError
-from halfbit.types import Params
+from halfbit.types import Levels, Params
 
 # of the spread
 LEAST, MOST = 0.1, 100
@@ -76,6 +76,10 @@ class Deadzone:
         lowest, step = params["scale_grid"].to(torch.float32).unbind(-1)
         # the product is exact, so the sum is rounded once, with or without a fused multiply-add
         return {"scale": (lowest + step * params["scale_codes"])[..., None]}
+
+    def plain(self, params: Params) -> Levels:
+        scale = self.ready(params)["scale"]
+        return Levels(-scale / 2, scale / 2, -scale, scale)
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         half = self.ready(params)["scale"] / 2

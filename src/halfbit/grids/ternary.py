@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError
-from halfbit.types import Params
+from halfbit.types import Levels, Params
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -59,6 +59,9 @@ class Ternary:
         levels = _exact(params["levels"])
         low, high = levels[..., 0, None], levels[..., 1, None]
         return {"low": low, "high": high, "below": low / 2, "above": high / 2}
+
+    def plain(self, params: Params) -> Levels:
+        return Levels(**self.ready(params))
 
     def nearest(self, w: Tensor, params: Params) -> Tensor:
         params = self.ready(params)

@@ -7,9 +7,10 @@ https://arxiv.org/abs/2307.13304, theorem 6): a third to a half of the multiplic
 e of column j costs e^2 D_jj once the columns behind have made up for it.
 
 Columns are taken by halves: first all of the first half, then what it wants of the second in one product, then the
-second. So nearly all that is fed back goes through products of large matrices. Experts are solved side by side, as in
-QMoE, since one small expert does not fill a machine. A weight whose rounding would cost more than a threshold stays in
-16 bits (`outliers.py`); the error of those 16 bits is fed back like any other.
+second; down to some columns of one group, which `columns.py` rounds one after another. So nearly all that is fed back
+goes through products of large matrices. Experts are solved side by side, as in QMoE, since one small expert does not
+fill a machine. A weight whose rounding would cost more than a threshold stays in 16 bits (`outliers.py`); the error of
+those 16 bits is fed back like any other.
 `solve/naive.py` is the same thing without the factorisation; the tests hold the two equal.
 """
 
@@ -17,20 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError, Unsupported
 from halfbit.grids.bilevel import DTYPES, Bilevel
+from halfbit.solve import columns
+from halfbit.solve.columns import Far, Pass, half
 from halfbit.solve.hessian import Fallback, OnRepair, factor, warn_of
 from halfbit.solve.loss import check_finite, finite, measured
 from halfbit.solve.orders import Order, check_order, column_order
 from halfbit.solve.outliers import threshold, without_outliers
-from halfbit.types import Grid, Outliers, Params, Solution
-
-# on a CPU, weights of a column, of experts side by side: the few tensors that rounding takes stay in its cache; and
-# columns for which the same experts are kept at it
-CACHED, KEPT = 1 << 15, 256
+from halfbit.types import Grid, Params, Solution
 
 
 def gptq(
@@ -103,14 +102,12 @@ class Answer:
 
     Attributes:
         codes, params: of the grid.
-        kept: each weight as it was when it was rounded, which is what an outlier keeps.
-        outlying: which weights are outliers.
+        far: the outliers; None: there are none.
     """
 
     codes: UInt8[Tensor, "experts out in"]
     params: Params
-    kept: Float[Tensor, "experts out in"]
-    outlying: Bool[Tensor, "experts out in"]
+    far: Far | None
 
     def solution(self, problem: Problem, grid: Grid, expert: int) -> Solution:
         """Of one expert, its loss not measured."""
@@ -118,15 +115,9 @@ class Answer:
             grid,
             self.codes[expert],
             {key: value[expert] for key, value in self.params.items()},
-            outliers=self._outliers(grid, expert),
+            outliers=None if self.far is None else self.far.of(expert),
             order=None if problem.order is None else problem.order[expert],
         )
-
-    def _outliers(self, grid: Grid, expert: int) -> Outliers | None:
-        rows, columns = self.outlying[expert].nonzero(as_tuple=True)
-        if not isinstance(grid, Bilevel) or rows.numel() == 0:
-            return None
-        return Outliers(rows, columns, self.kept[expert][rows, columns].to(DTYPES[grid.dtype]))
 
 
 def prepare(
@@ -175,116 +166,53 @@ def solve(problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None)
 
 
 class _Sweep:
-    """One pass over the columns. Accumulates: the columns before the one that is being rounded are done.
-
-    Attributes, all `[experts, in, out]` so that a column of weights is contiguous:
-        w: as it was. With outliers, of columns that are done, what each weight was when it was rounded.
-        fed: of a column that is done w - q; of an open one what those that are done, as far as it was told, want of it.
-        codes, outlying: of the columns that are done.
-    """
+    """One pass over the columns, group by group."""
 
     def __init__(self, problem: Problem, grid: Grid, limit: Float[Tensor, " experts"] | None):
-        self._problem, self._grid, self._limit = problem, grid, limit
-        experts, out, self._n = problem.w.shape
+        self._grid, self._importance = grid, problem.importance
+        w, (experts, out, self._n) = problem.w.contiguous(), problem.w.shape
         self._group = grid.group or max(self._n, 1)
-        self.w = _turned(problem.w)
-        self.fed = torch.zeros_like(self.w)
-        self.codes = torch.empty(self.w.shape, dtype=torch.uint8, device=self.w.device)
-        self.outlying = torch.zeros(self.w.shape, dtype=torch.bool, device=self.w.device)
+        far = None
+        if limit is not None and isinstance(grid, Bilevel):
+            outlying = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
+            far = Far(limit.contiguous(), problem.importance.contiguous(), grid.dtype, outlying, torch.empty_like(w))
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        self._at = Pass(w, problem.feedback.contiguous(), w.new_zeros(experts, self._n, out), codes, far)
         self._params: list[Params] = []
-        side = experts if self.w.is_cuda else max(1, CACHED // max(out, 1))
-        self._parts = [slice(e, e + side) for e in range(0, experts, side)]
-        # of the group that is being rounded, for each part
-        self._ready: list[Params] = []
+        # of the group that is being rounded
+        self._ready: Params = {}
 
     def answer(self) -> Answer:
         self._columns(0, self._n)
-        if not all(finite(self.fed)):
+        if not all(finite(self._at.fed)):
             raise NonFinite("weights are so large that what one column wants of the others is beyond float32")
         stacked = {key: torch.stack([p[key] for p in self._params], dim=2) for key in self._params[0]}
-        return Answer(_turned(self.codes), stacked, self.w.mT, self.outlying.mT)
+        return Answer(self._at.codes, stacked, self._at.far)
 
     def _columns(self, start: int, stop: int) -> None:
         """Round columns `start` to `stop`, which were told of all before them: all of a group, or several groups."""
         if start % self._group == 0 and stop == min(start + self._group, self._n):
             self._fit(start, stop)
-        if stop - start <= min(KEPT, self._group):
-            for experts, ready in zip(self._parts, self._ready, strict=True):
-                self._few(experts, ready, start, stop)
+        if stop - start <= min(columns.MOST, self._group):
+            columns.round_columns(self._at, self._grid, self._ready, start, stop)
             return
-        middle = start + _half(stop - start, self._group if stop - start > self._group else 1)
+        middle = start + half(stop - start, self._group if stop - start > self._group else 1)
         self._columns(start, middle)
-        self._tell(slice(None), start, middle, stop)
+        wanted = self._at.feedback[:, start:middle, middle:stop].mT
+        self._at.fed[:, middle:stop].baddbmm_(wanted, self._at.fed[:, start:middle])
         self._columns(middle, stop)
-
-    def _few(self, experts: slice, ready: Params, start: int, stop: int) -> None:
-        """The same for columns of one group and for some of the experts."""
-        if stop - start == 1:
-            self._round(experts, ready, start)
-            return
-        middle = start + _half(stop - start, 1)
-        self._few(experts, ready, start, middle)
-        self._tell(experts, start, middle, stop)
-        self._few(experts, ready, middle, stop)
-
-    def _tell(self, experts: slice, start: int, middle: int, stop: int) -> None:
-        """Columns from `middle` to `stop` of those before."""
-        wanted = self._problem.feedback[experts, start:middle, middle:stop].mT
-        self.fed[experts, middle:stop].baddbmm_(wanted, self.fed[experts, start:middle])
 
     def _fit(self, start: int, stop: int) -> None:
         """The grid to a group, as its weights are when the columns before it have all been made up for."""
-        columns = self.w[:, start:stop]
+        those = self._at.w[:, :, start:stop]
         if start > 0:
-            inside = self._problem.feedback[:, start:stop, start:stop].mT
-            away = torch.linalg.solve_triangular(inside, self.fed[:, start:stop], upper=False, unitriangular=True)
-            columns = columns + away
-        columns, weights = columns.mT, self._problem.importance[:, start:stop]
-        if self._limit is None or not isinstance(self._grid, Bilevel):
-            params = self._grid.fit(columns, weights)
+            inside, fed = self._at.feedback[:, start:stop, start:stop].mT, self._at.fed[:, start:stop]
+            those = those + torch.linalg.solve_triangular(inside, fed, upper=False, unitriangular=True).mT
+        weights, far = self._importance[:, start:stop], self._at.far
+        if far is None or not isinstance(self._grid, Bilevel):
+            params = self._grid.fit(those, weights)
         else:
-            inner = without_outliers(columns, weights, self._limit, self._grid.largest_code)
-            params = self._grid.fit(inner, weights, original=columns, limit=self._limit)
+            inner = without_outliers(those, weights, far.limit, self._grid.largest_code)
+            params = self._grid.fit(inner, weights, original=those, limit=far.limit)
         self._params.append(params)
-        ready = self._grid.ready(params)
-        self._ready = [{key: value[experts] for key, value in ready.items()} for experts in self._parts]
-
-    def _round(self, experts: slice, ready: Params, j: int) -> None:
-        """One column, which was told of all before it."""
-        w, fed = self.w[experts, j], self.fed[experts, j]
-        column = w + fed
-        rounded = self._grid.nearest(column[..., None], ready)
-        stored = self._grid.values(rounded, ready)[..., 0]
-        codes = self.codes[experts, j].copy_(rounded[..., 0])
-        if self._limit is not None:
-            kept, far = self._outliers(column, stored, experts, j)
-            stored = torch.where(far, kept, stored)
-            codes.masked_fill_(far, 0)
-            self.outlying[experts, j] = far
-        torch.sub(w, stored, out=fed)
-        if self._limit is not None:
-            w.copy_(column)
-
-    def _outliers(
-        self, column: Float[Tensor, "part out"], stored: Float[Tensor, "part out"], experts: slice, number: int
-    ) -> tuple[Float[Tensor, "part out"], Bool[Tensor, "part out"]]:
-        """What the weights of a column would be as outliers, and which of them are."""
-        assert isinstance(self._grid, Bilevel)
-        assert self._limit is not None
-        cost = (column - stored).square() * self._problem.importance[experts, number, None]
-        kept = column.to(DTYPES[self._grid.dtype]).to(column.dtype)
-        # grown too large for 16 bits: on the grid it has at least the right sign
-        return kept, (cost > self._limit[experts, None]) & torch.isfinite(kept)
-
-
-def _half(count: int, unit: int) -> int:
-    """The largest power of two, times `unit`, below `count`."""
-    return unit << (-(-count // unit) - 1).bit_length() - 1
-
-
-def _turned(matrices: Tensor) -> Tensor:
-    """Each matrix transposed, in new memory; one after the other, which torch does several times faster."""
-    turned = matrices.new_empty(matrices.mT.shape)
-    for of, matrix in zip(turned, matrices, strict=True):
-        of.copy_(matrix.T)
-    return turned
+        self._ready = self._grid.ready(params)

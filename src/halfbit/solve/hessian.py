@@ -28,9 +28,9 @@ SMALLEST_DAMPING = 1e-6
 LARGEST_DAMPING = 100.0
 # columns of a sum that are added to at a time; for fewer tokens copying the other half would cost more than it saves
 PANEL = 512
-# columns that are factored at a time; from 160 on MKL's potrf gives other bits with another number of threads, also
-# where it was asked for the same
-BLOCK = 128
+# columns that are factored at a time, and of those again: products of fewer than 512 are slower, and from 160 on MKL's
+# potrf gives other bits with another number of threads, also where it was asked for the same
+BLOCKS = 512, 128
 # from this damping on float32 is enough
 DAMPED = 0.01
 # 1 GiB of float64 per factorisation
@@ -162,9 +162,12 @@ def factor(
     repairs: list[Repair] = []
     at_once = max(1, WORKSPACE_ELEMENTS // max(n * n, 1))
     for start in range(0, h.shape[0], at_once):
-        part = h[start : start + at_once]
-        dtype = h.dtype if damping >= DAMPED else torch.float64
-        factors[start : start + at_once], info = _factor_once(part, damping, dtype)
+        part, to = h[start : start + at_once], factors[start : start + at_once]
+        same = damping >= DAMPED or h.dtype == torch.float64
+        a = to.copy_(part) if same else part.to(torch.float64)
+        info = _factor(_damp(a, damping))
+        if not same:
+            to.copy_(a)
         unseen = part.diagonal(dim1=-2, dim2=-1).abs().amax(-1) == 0
         for i in map(int, torch.nonzero((info != 0) | unseen)):
             repaired, repair = _repair(part[i], damping, names[start + i], fallback, unseen=bool(unseen[i]))
@@ -173,28 +176,29 @@ def factor(
     return factors, repairs
 
 
-def _factor_once(
-    h: Float[Tensor, "experts in in"], damping: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "experts in in"], Int[Tensor, " experts"]]:
-    """R in `dtype`, and 0 per expert where it worked.
+def _factor(a: Float[Tensor, "experts in in"], blocks: tuple[int, ...] = BLOCKS) -> Int[Tensor, " experts"]:
+    """R in place of the damped H; 0 per expert where it worked.
 
     By blocks of columns from the last to the first, so that nearly all of it is large products; LAPACK's takes twice as
     long in one thread.
     """
-    a = _damp(h.to(dtype, copy=True), damping)
     n = a.shape[-1]
     failed = torch.zeros(len(a), dtype=torch.int32, device=a.device)
-    for stop in range(n, 0, -BLOCK):
-        start = max(stop - BLOCK, 0)
+    for stop in range(n, 0, -blocks[0]):
+        start = max(stop - blocks[0], 0)
         own, above = a[:, start:stop, start:stop], a[:, :start, start:stop]
         a[:, :stop, start:stop].baddbmm_(a[:, :stop, stop:], a[:, start:stop, stop:].mT, alpha=-1)
-        lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
-        failed |= info
-        own.copy_(lower.flip(-1, -2))
+        if len(blocks) > 1:
+            failed |= _factor(own, blocks[1:])
+        else:
+            lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
+            failed |= info
+            own.copy_(lower.flip(-1, -2))
         if start > 0:
-            eye = torch.eye(stop - start, dtype=dtype, device=a.device)
+            eye = torch.eye(stop - start, dtype=a.dtype, device=a.device)
             above.copy_(above @ torch.linalg.solve_triangular(own, eye, upper=True).mT)
-    return a.triu_(), failed
+    a.triu_()
+    return failed
 
 
 def _repair(
@@ -202,8 +206,8 @@ def _repair(
 ) -> tuple[Float[Tensor, "in in"], Repair]:
     while not unseen and damping < LARGEST_DAMPING:
         damping = min(max(damping, 1e-4) * 10, LARGEST_DAMPING)
-        factors, info = _factor_once(h[None], damping, torch.float64)
-        if int(info[0]) == 0:
+        factors = damp(h[None].double(), damping)
+        if int(_factor(factors)[0]) == 0:
             return factors[0], Repair(name, "damped", damping)
     repair = Repair(name, "identity", damping)
     if fallback == "raise":

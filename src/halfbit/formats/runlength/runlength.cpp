@@ -215,15 +215,6 @@ struct Job {
     }
 };
 
-#define HALFBIT_PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
-#define HALFBIT_TARGET_END HALFBIT_PRAGMA(clang attribute pop)
-#else
-#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(GCC push_options) HALFBIT_PRAGMA(GCC target(names))
-#define HALFBIT_TARGET_END HALFBIT_PRAGMA(GCC pop_options)
-#endif
-
 // The products of some steps of a tile with W tokens, added to the sums of its rows, [rows, W].
 //   levels [rows, 2]: the values of codes 1 and 2;  x [1 + columns of the tile, W], zeros first;  columns: of the matrix
 using Multiply = void (*)(const Steps &, const Tile &, const float *levels, const float *x, int64_t columns, float *sums);

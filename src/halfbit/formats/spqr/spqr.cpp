@@ -163,15 +163,6 @@ struct Kernels {
     void (*decode)(const Matrix &, int64_t tile, int64_t first, int64_t last, void *to, int64_t step, int type);
 };
 
-#define HALFBIT_PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
-#define HALFBIT_TARGET_END HALFBIT_PRAGMA(clang attribute pop)
-#else
-#define HALFBIT_TARGET(names) HALFBIT_PRAGMA(GCC push_options) HALFBIT_PRAGMA(GCC target(names))
-#define HALFBIT_TARGET_END HALFBIT_PRAGMA(GCC pop_options)
-#endif
-
 namespace portable {
 #define HALFBIT_LANES 0
 #include "lanes.h"
