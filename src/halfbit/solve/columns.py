@@ -167,5 +167,5 @@ class _Few:
 
 
 def half(count: int, unit: int) -> int:
-    """The largest power of two, times `unit`, below `count`."""
-    return unit << (-(-count // unit) - 1).bit_length() - 1
+    """About half of `count`, a multiple of `unit`, which is less than `count`."""
+    return -(-count // unit) // 2 * unit

@@ -196,7 +196,7 @@ class _Sweep:
         if stop - start <= min(columns.MOST, self._group):
             columns.round_columns(self._at, self._grid, self._ready, start, stop)
             return
-        middle = start + half(stop - start, self._group if stop - start > self._group else 1)
+        middle = start + half(stop - start, self._group if stop - start > self._group else columns.MOST)
         self._columns(start, middle)
         wanted = self._at.feedback[:, start:middle, middle:stop].mT
         self._at.fed[:, middle:stop].baddbmm_(wanted, self._at.fed[:, start:middle])
