@@ -12,6 +12,7 @@ of a large float32 product, measured in the same process before and after.
 
     python bench/trillion.py                                              # about 3 minutes on one core
     python bench/trillion.py --device cuda --experts 64 --tokens 8192     # and --tf32
+    python bench/trillion.py --solver                                     # nothing but the solver's rate, in seconds
 """
 
 import argparse
@@ -308,6 +309,36 @@ def solver(clock: Clock, config: dict[str, Any], options: argparse.Namespace, pe
     )
 
 
+def alone(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Solver]:
+    """The solver of the recipe on random matrices, without anything around it, by shape."""
+    random_, clock = torch.Generator().manual_seed(0), Clock(options.device)
+    chosen, count, found = recipe.load("qmoe"), options.experts, {}
+    (grid,) = {rule.grid for rule in chosen.rules if rule.grid is not None}
+    for out, n in ((config["d_ff"], config["d_model"]), (config["d_model"], config["d_ff"])):
+        shape = Shape(out, n)
+        w = (0.02 * torch.randn(count, out, n, generator=random_)).to(options.device)
+        x = torch.randn(POOLED_TOKENS, n, generator=random_)
+        hessian = (x.T @ x).expand(count, -1, -1).contiguous().to(options.device)
+        first, begin = rate(options.device, torch.float32), clock.now()
+        gptq.solve(
+            gptq.prepare(
+                w,
+                hessian,
+                names=[str(e) for e in range(count)],
+                damping=chosen.solving.damping,
+                order="identity",
+                fallback="raise",
+                on_repair=print,
+            ),
+            grid,
+            None,
+        )
+        seconds = clock.now() - begin
+        peak = {"float32": max(first, rate(options.device, torch.float32))}
+        found[f"{out}x{n}"] = Solver(seconds, count * shape.feedback, count * shape.factor, peak)
+    return found
+
+
 def show(found: dict[str, Share], fast: Solver, wall: float, tokens: list[int], precision: str) -> None:
     print(f"{'phase':20} {'here, s':>10} {'times':>12} {'c2048, h':>10}  because")
     for phase, part in found.items():
@@ -337,12 +368,17 @@ def rows(found: dict[str, Share], fast: Solver, options: argparse.Namespace, pre
         | {"what": phase, "seconds": f"{part.seconds:.0f}", "note": f"{part.ran:.3f} s here, {part.because}; {ran}"}
         for phase, part in found.items()
     ]
+    return [*shares, solver_row(fast, about, ran)]
+
+
+def solver_row(fast: Solver, about: dict[str, object], ran: str) -> dict[str, object]:
     note = f"inverse of its share {fast.share:.3f} of the product of {SIDE}; {ran}"
-    return [
-        *shares,
-        about
-        | {"what": "solver", "seconds": f"{fast.seconds:.3f}", "ratio_to_fp32": f"{1 / fast.share:.3f}", "note": note},
-    ]
+    return about | {
+        "what": "solver",
+        "seconds": f"{fast.seconds:.3f}",
+        "ratio_to_fp32": f"{1 / fast.share:.3f}",
+        "note": note,
+    }
 
 
 def main() -> None:
@@ -352,6 +388,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1, help="of experts in each of the two layers")
     parser.add_argument("--tokens", type=int, default=512, help="of each expert in the encoder")
     parser.add_argument("--tf32", action="store_true", help="products in TF32, Hessians included")
+    parser.add_argument("--solver", action="store_true", help="its rate alone, on random matrices")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--record", action="store_true", help="append rows to bench/results.csv")
     parser.add_argument("--folder", type=Path, help="for the checkpoint and what becomes of it [a temporary one]")
@@ -361,6 +398,22 @@ def main() -> None:
     if options.tf32:
         torch.set_float32_matmul_precision("high")
     config = json.loads(CONFIG.read_text("utf-8"))
+    if options.solver:
+        told = alone(config, options)
+        for shape, fast in told.items():
+            print(f"{shape}: {fast.seconds:.3f} s, {fast.share:.3f} of {fast.peak['float32'] / 1e9:.1f} Gflop/s")
+        if options.record:
+            threads = torch.get_num_threads() if options.device == "cpu" else ""
+            record.append(
+                "trillion",
+                [
+                    solver_row(
+                        fast, {"shape": s, "threads": threads}, f"{options.device}, {options.experts} experts alone"
+                    )
+                    for s, fast in told.items()
+                ],
+            )
+        return
     peak = rates(options.device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         clock, wall, tokens = run(options, config, Path(folder))

@@ -176,20 +176,20 @@ def factor(
     return factors, repairs
 
 
-def _factor(a: Float[Tensor, "experts in in"], blocks: tuple[int, ...] = BLOCKS) -> Int[Tensor, " experts"]:
+def _factor(a: Float[Tensor, "experts in in"], blocks: Sequence[int] = BLOCKS) -> Int[Tensor, " experts"]:
     """R in place of the damped H; 0 per expert where it worked.
 
     By blocks of columns from the last to the first, so that nearly all of it is large products; LAPACK's takes twice as
     long in one thread.
     """
-    n = a.shape[-1]
+    (block, *inner), n = blocks, a.shape[-1]
     failed = torch.zeros(len(a), dtype=torch.int32, device=a.device)
-    for stop in range(n, 0, -blocks[0]):
-        start = max(stop - blocks[0], 0)
+    for stop in range(n, 0, -block):
+        start = max(stop - block, 0)
         own, above = a[:, start:stop, start:stop], a[:, :start, start:stop]
         a[:, :stop, start:stop].baddbmm_(a[:, :stop, stop:], a[:, start:stop, stop:].mT, alpha=-1)
-        if len(blocks) > 1:
-            failed |= _factor(own, blocks[1:])
+        if inner:
+            failed |= _factor(own, inner)
         else:
             lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
             failed |= info
