@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def written(model: Any, prompt: int, tokens: int) -> dict[str, Any]:
     ids = torch.randint(2, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     clock, how = Clock(), {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
     model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **how)
-    first, *rest = [b - a for a, b in zip(clock.at, clock.at[1:], strict=False)]
+    first, *rest = [b - a for a, b in pairwise(clock.at)]
     return {"prompt": first, "each": rest, "resident": resident()}
 
 

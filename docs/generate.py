@@ -17,7 +17,7 @@ OTHERS = {
     "triton_*.py: run by test_triton.py, interpreted",
     "bench/": "generation.py: tokens per second; loading.py: verification; generate.py: models of any size; "
     "trillion.py: Switch c2048; gpu_all.py: everything on a GPU; triton_compile.py: what compilers make of kernels; "
-    "results.csv",
+    "plot.py; results.csv",
     "docs/": "guide.md, speed.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
     "examples/": "demo.py; tiny-moe/: a small trained model with its texts; configs/: of large models, for plan",
 }

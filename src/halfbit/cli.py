@@ -725,7 +725,7 @@ def _show_products(result: bench.Result) -> None:
     table = Table(
         Column("product", no_wrap=True),
         *(Column(name, **right) for name in ("bits", "MB", "ms", "10-90 %", "GB/s", "read", "torch", "error")),
-        title=f"{experts}{case.shape}, {tokens}, {threads}; memory is read with {result.read / 1e9:.1f} GB/s",
+        title=f"{experts}{case.shape}, {tokens}, {threads}; memory: {result.read / 1e9:.1f} GB/s",
         # as wide as a terminal of 80 columns
         box=None,
         padding=(0, 1, 0, 0),

@@ -30,6 +30,11 @@ DRAWN = 32
 INSTALL = "pip install llama-cpp-python (compiles for some ten minutes)"
 
 
+# GGML tells of every tensor that it arranges
+_Log = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+_SILENT = _Log(lambda *_: None)
+
+
 class _Params(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
@@ -47,6 +52,7 @@ class _Traits(ctypes.Structure):
 
 # result, arguments
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_log_set": (None, [_Log, c_void_p]),
     "ggml_init": (c_void_p, [_Params]),
     "ggml_free": (None, [c_void_p]),
     "ggml_tensor_overhead": (c_size_t, []),
@@ -92,6 +98,7 @@ def library() -> Any:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise Unsupported(f"--against llama.cpp: {found[0]} cannot be used: {error}; {INSTALL}") from None
+    ggml.ggml_log_set(_SILENT, None)
     return ggml
 
 
@@ -108,6 +115,19 @@ def _backend() -> int:
     return library().ggml_backend_cpu_init()
 
 
+def quantized(name: str, rows: int, columns: int, of: Statistics) -> Tensor:
+    """Random weights in one of llama.cpp's types, uint8 `[rows, bytes of a row]`."""
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.randn(min(rows, DRAWN), columns, generator=random)
+    if name in TERNARY:
+        drawn = drawn.sign() * (torch.rand(drawn.shape, generator=random) >= of.zeros)
+    ggml, importance = library(), torch.ones(columns)
+    some = torch.zeros(len(drawn), ggml.ggml_row_size(TYPES[name], columns), dtype=torch.uint8)
+    shape = 0, len(drawn), columns
+    ggml.ggml_quantize_chunk(TYPES[name], drawn.data_ptr(), some.data_ptr(), *shape, importance.data_ptr())
+    return some.repeat(-(-rows // len(drawn)), 1)[:rows].contiguous()
+
+
 class Llama:
     """`bench.Contestant`: one of llama.cpp's types. Raises Unsupported where columns are not whole blocks."""
 
@@ -117,17 +137,8 @@ class Llama:
         check_shape(rows, columns)
         self._ggml, self.what, self._type = library(), f"llama.cpp {name}", TYPES[name]
         self._rows, self._columns, self._experts = rows, columns, experts
-        random = torch.Generator().manual_seed(0)
-        drawn = torch.randn(min(rows, DRAWN), columns, generator=random)
-        if name in TERNARY:
-            drawn = drawn.sign() * (torch.rand(drawn.shape, generator=random) >= of.zeros)
-        size, importance = self._ggml.ggml_row_size(self._type, columns), torch.ones(columns)
-        some = torch.zeros(len(drawn), size, dtype=torch.uint8)
-        shape = 0, len(drawn), columns
-        self._ggml.ggml_quantize_chunk(self._type, drawn.data_ptr(), some.data_ptr(), *shape, importance.data_ptr())
-        # whole rows, one after another
-        self._one = some.repeat(-(-rows // len(drawn)), 1)[:rows].contiguous()
-        self.nbytes, self.bits = experts * self._one.numel(), 8 * size / columns
+        self._one = quantized(name, rows, columns, of)
+        self.nbytes, self.bits = experts * self._one.numel(), 8 * self._one.shape[1] / columns
         self._held: list[list[int]] = []
         self._graphs = _Context(self._ggml, 0, 0)
 

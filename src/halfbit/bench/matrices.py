@@ -26,7 +26,7 @@ from halfbit.types import Codec, Grid, Outliers, Packed, Params, Solution
 KNOWN = ["qmoe", "runlength", "runlength-rotated", "spqr-3bit (2 to 8)", "grouped-4 (2 to 8)", "grouped-4-g64"]
 _SPQR, _GROUPED = re.compile(r"spqr-([2-8])bit"), re.compile(r"grouped-([2-8])(?:-g([1-9][0-9]*))?")
 # columns that are drawn and fitted; wider matrices repeat them, as fitting takes longer than everything else
-DRAWN = 512
+DRAWN = 64
 
 
 @dataclass(frozen=True)
