@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from halfbit.formats._grouped_product import one_group
 from halfbit.layout import Entry, packed_name
 from halfbit.linears import WEIGHT
 from halfbit.routing import by_expert, weighted_sum
-from halfbit.triton_support import has_kernels, runs_on
+from halfbit.triton_support import backend, runs_on
 from halfbit.types import CORRECTION, Codec, Packed
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -234,6 +236,16 @@ def _codec(text: str) -> Codec:
     return formats.from_config(json.loads(text))
 
 
+# tokens up to which the layer is two launches
+FUSED_TOKENS = 32
+
+
+@cache
+def _fused() -> ModuleType:
+    # triton may not be there
+    return import_module("halfbit.formats._triton_experts")
+
+
 @torch.library.custom_op("halfbit::experts", mutates_args=())
 def experts_op(
     hidden: Tensor,
@@ -255,6 +267,15 @@ def experts_op(
     `up_codec` and `down_codec` are configurations (JSON), `features` their output features per expert.
     """
     first, second = _codec(up_codec), _codec(down_codec)
+    kernels = [backend(codec.name, hidden) for codec in (first, second)]
+    if hidden.shape[0] <= FUSED_TOKENS and all(hasattr(own, "plan") for own in kernels):
+        of_up, of_down = (
+            partial(own.plan, operands, out)
+            for own, operands, out in zip(kernels, (up, down), features, strict=True)
+            if own is not None
+        )
+        given = up_bias, down_bias, num_experts, features, gate, gate_arguments
+        return _fused().experts(hidden, index, weights, of_up, of_down, *given)
     return experts_forward(
         hidden,
         index,
@@ -265,7 +286,7 @@ def experts_op(
         gate=lambda x: GATES[gate](x, *gate_arguments),
         up_bias=up_bias,
         down_bias=down_bias,
-        waiting=not (runs_on(hidden.device) and has_kernels(first.name) and has_kernels(second.name)),
+        waiting=None in kernels,
     )
 
 

@@ -24,6 +24,7 @@ from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.formats.qmoe import kernels, reference
 from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
 from halfbit.grids.ternary import Ternary
+from halfbit.triton_support import backend
 from halfbit.types import Packed, Solution
 
 DTYPES = {"codewords": torch.uint16, "row_lengths": torch.uint16, "levels": torch.bfloat16, "pivots": torch.int64}
@@ -83,7 +84,8 @@ class QMoE:
         return Packed(self, (symbols.shape[0], symbols.shape[1]), dict(zip(self.parts, tensors, strict=True)))
 
     def decode(self, packed: Packed) -> Tensor:
-        codewords, row_offsets, levels, entries = self.runtime(packed)
+        codewords, row_offsets, levels = self._operands(packed)
+        entries = self.dictionary.entries.to(levels.device)
         symbols = kernels.decode(codewords, row_offsets, entries, packed.shape[1])
         return reference.values(symbols, levels)
 
@@ -118,13 +120,19 @@ class QMoE:
         )
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """[codewords, row_offsets int64 [rows + 1], levels float32 [rows, 3], entries int64 [65536]]."""
+        """[codewords, row_offsets int64 [rows + 1], levels float32 [rows, 3], entries int64 [65536]];
+        for Triton's kernels see `triton.runtime`."""
+        operands, entries = self._operands(packed), self.dictionary.entries
+        if (gpu := backend("qmoe", operands[0])) is not None:
+            return gpu.runtime(*operands, entries, packed.shape[1])
+        return [*operands, entries.to(operands[0].device)]
+
+    def _operands(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
         self._check_tensors(packed)
         t = packed.tensors
         levels = torch.nn.functional.pad(t["levels"].float(), (1, 0))
         levels[t["pivots"] >> 16, 0] = (t["pivots"] & 0xFFFF).to(torch.uint16).view(torch.bfloat16).float()
-        entries = self.dictionary.entries.to(levels.device)
-        return [t["codewords"], _offsets(t["row_lengths"]), levels, entries]
+        return t["codewords"], _offsets(t["row_lengths"]), levels
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         if eager(x):

@@ -1,4 +1,4 @@
-"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+"""Which implementation runs: C++ on the CPU, Triton for products on a GPU, where they are there, else plain torch.
 
 `halfbit::qmoe_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
 """
@@ -9,6 +9,7 @@ from torch import Tensor
 from halfbit import native
 from halfbit.formats.qmoe import reference
 from halfbit.formats.qmoe.dictionary import Dictionary
+from halfbit.triton_support import backend
 
 if native.extension is not None:
     from halfbit.formats.qmoe import cpu
@@ -34,6 +35,8 @@ def _native(t: Tensor) -> bool:
 
 def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `QMoE.runtime`."""
+    if (gpu := backend("qmoe", x)) is not None:
+        return gpu.product(x, starts, tensors, out_features)
     codewords, row_offsets, levels, entries = tensors
     implementation = cpu if _native(x) else reference
     return implementation.product(x, starts, codewords, row_offsets, levels, entries, out_features)

@@ -32,6 +32,7 @@ from halfbit.formats.runlength.tables import CLASSES, tables
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.rotation import signs, undo
+from halfbit.triton_support import backend
 from halfbit.types import Packed, Params, Solution
 
 DTYPES = {
@@ -106,7 +107,7 @@ class RunLength:
         return codes, params["scale_grid"].reshape(1, 2), torch.zeros(0, 2, dtype=torch.bfloat16)
 
     def decode(self, packed: Packed) -> Tensor:
-        stream, offsets, of_tile, exponents, levels, entries, _ = self.runtime(packed)
+        stream, offsets, of_tile, exponents, levels, entries, _ = self._operands(packed)
         rows, columns = packed.shape[0] // len(exponents), packed.shape[1]
         codes, tile = [], 0
         for exponent in exponents.tolist():
@@ -158,7 +159,14 @@ class RunLength:
 
     def runtime(self, packed: Packed) -> list[Tensor]:
         """[stream, offsets int64 [tiles + 1], tile_classes, exponents, levels float32 [rows, 2], entries int32, signs
-        int8 [columns] of the rotation or [0]]."""
+        int8 [columns] of the rotation or [0]]; for Triton's kernels see `triton.runtime`."""
+        t = packed.tensors
+        if (gpu := backend("runlength", t["stream"])) is not None:
+            stream, _, of_tile, exponents, levels, _, turned = self._operands(packed)
+            return gpu.runtime(stream, t["tile_bytes"], of_tile, exponents, levels, turned, packed.shape[1])
+        return self._operands(packed)
+
+    def _operands(self, packed: Packed) -> list[Tensor]:
         self._check_tensors(packed)
         t = packed.tensors
         entries = tables().entries.to(t["stream"].device)

@@ -1,4 +1,4 @@
-"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+"""Which implementation runs: C++ on the CPU, Triton for products on a GPU, where they are there, else plain torch.
 
 `halfbit::runlength_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 from halfbit import native
 from halfbit.formats.runlength import reference
 from halfbit.formats.runlength.lanes import Lanes
+from halfbit.triton_support import backend
 
 if native.extension is not None:
     from halfbit.formats.runlength import cpu
@@ -32,6 +33,8 @@ def _of(t: Tensor) -> ModuleType:
 
 def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; `tensors` are those of `RunLength.runtime`."""
+    if (gpu := backend("runlength", x)) is not None:
+        return gpu.product(x, starts, tensors, out_features)
     return _of(x).product(x, starts, *tensors, out_features)
 
 
