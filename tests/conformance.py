@@ -50,6 +50,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"scale_bits": 8, "lane": 16384},
         {"rotated": True},
     ],
+    "quads": [{}, {"scale_bits": 0}, {"scale_bits": 3}, {"rotated": True}],
     "grouped": [{}, {"bits": 3, "group": 16}, {"bits": 4, "group": 5, "symmetric": True}],
     # encodes nothing; test_mixed.py puts it through the checks of stacks
     "mixed": [],

@@ -73,7 +73,7 @@ def test_matrices_are_stacked_and_cut_without_decoding(codec: Codec, count: int)
 
 @all_codecs
 def test_rows_are_looked_up_without_decoding_the_others(codec: Codec):
-    if codec.name in ("qmoe", "runlength"):
+    if codec.name in ("qmoe", "quads", "runlength"):
         with pytest.raises(Unsupported, match="not looked up"):
             codec.lookup(torch.tensor([0]), [], 37)
         return
@@ -136,7 +136,7 @@ def test_damaged_configs_are_refused(config: dict):
 
 
 def test_unknown_formats_are_never_imported():
-    with pytest.raises(UnknownName, match="grouped, mixed, qmoe, runlength, spqr"):
+    with pytest.raises(UnknownName, match="grouped, mixed, qmoe, quads, runlength, spqr"):
         formats.from_config({"name": "_grouped_product"})
 
 

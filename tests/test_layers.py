@@ -25,7 +25,7 @@ LAYERS = (
     {"tune", "tune_group", "allocation", "machine", "parts", "model_gate"},
     {"plan_memory", "crew"},
     {"plan_time", "expert_pipeline", "cluster"},
-    {"compress", "folder", "importers"},
+    {"compress", "folder", "importers", "repack"},
     {"hf", "search", "plan"},
     {"__init__", "cli"},
 )

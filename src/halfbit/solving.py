@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbit.errors import NonFinite, RecipeError, Unsupported
+from halfbit.formats.quads import Quads
 from halfbit.formats.runlength import RunLength
 from halfbit.grids.bilevel import Bilevel
 from halfbit.grids.deadzone import LEAST, MOST, Deadzone
@@ -92,7 +93,7 @@ def _solve(
     rule = rules[0]
     grid = rule.grid
     assert grid is not None
-    if isinstance(rule.codec, RunLength) and rule.codec.rotated:
+    if isinstance(rule.codec, RunLength | Quads) and rule.codec.rotated:
         plain = replace(rule.codec, rotated=False)
         inside = [replace(r, codec=plain) for r in rules]
         w, hessian = rotate(w), None if hessian is None else both_sides(hessian)

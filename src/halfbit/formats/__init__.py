@@ -13,7 +13,7 @@ from halfbit.formats._shapes import check_stack
 from halfbit.formats.mixed import Mixed, by_codec, separate
 from halfbit.types import Codec, Packed, corrections
 
-__all__ = ["by_codec", "check_stack", "from_config", "stack", "to_config"]
+__all__ = ["by_codec", "check_stack", "from_config", "separate", "stack", "to_config"]
 
 
 def to_config(codec: Codec) -> dict[str, Any]:

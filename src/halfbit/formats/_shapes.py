@@ -30,5 +30,5 @@ def check_rotated(codec: Codec, solution: Solution) -> None:
         have = "rotated" if solution.rotated else "not rotated"
         raise Unsupported(
             f"{codec.name}: {codec!r} cannot store a solution whose columns are {have}; rotated columns are stored by "
-            '{ name = "runlength", rotated = true } alone'
+            '{ name = "runlength", rotated = true } and "quads" alone'
         )

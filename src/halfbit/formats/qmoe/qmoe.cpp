@@ -23,8 +23,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,11 +30,14 @@
 #include <nanobind/ndarray.h>
 
 #include "extension.h"
+#include "floats.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using halfbit::floats;
+using halfbit::Floats;
 using halfbit::Isa;
 
 namespace {
@@ -237,16 +238,6 @@ int64_t row_by_symbol(const uint16_t *word, const uint16_t *end, const uint64_t 
 }
 
 // ------------------------------------------------------------------------------------------------------------ product
-
-struct Free {
-    void operator()(float *p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Aligned to cache lines, so that 16 tokens of one column are one line.
-Floats floats(int64_t count) {
-    return Floats(static_cast<float *>(::operator new[](sizeof(float) * count, std::align_val_t{64})));
-}
 
 // Tokens of one group that go through its rows together.
 struct Pass {

@@ -22,27 +22,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from halfbit import bits
 from halfbit.errors import FormatError, RecipeError, Unsupported
+from halfbit.formats import _levels
 from halfbit.formats._eager import eager
-from halfbit.formats._shapes import check_rotated, one_shape
+from halfbit.formats._levels import check_shape
+from halfbit.formats._shapes import one_shape
 from halfbit.formats.runlength import kernels, reference
 from halfbit.formats.runlength.lanes import EXPONENTS, Lanes
 from halfbit.formats.runlength.tables import CLASSES, tables
-from halfbit.grids.deadzone import Deadzone
-from halfbit.grids.ternary import Ternary
 from halfbit.rotation import signs, undo
 from halfbit.triton_support import backend
-from halfbit.types import Packed, Params, Solution
+from halfbit.types import Packed, Solution
 
 DTYPES = {
     "stream": torch.uint8,
     "tile_bytes": torch.int32,
     "tile_classes": torch.uint8,
     "exponents": torch.uint8,
-    "scale_codes": torch.uint8,
-    "scale_grid": torch.bfloat16,
-    "levels": torch.bfloat16,
+    **_levels.DTYPES,
 }
 # A lane costs some 16 bits whatever it holds; longer ones are fewer, and then there is less to do at once.
 BITS_OF_A_LANE = 800
@@ -66,8 +63,7 @@ class RunLength:
     name: ClassVar[str] = "runlength"
 
     def __post_init__(self) -> None:
-        if self.scale_bits != 0 and not 2 <= self.scale_bits <= 8:
-            raise RecipeError(f"RunLength: scale_bits must be 2 to 8, or 0, got {self.scale_bits}")
+        _levels.check_scale_bits("RunLength", self.scale_bits)
         if self.lane is not None and self.lane not in [1 << k for k in EXPONENTS]:
             raise RecipeError(f"RunLength: lane must be a power of two, 256 to 16384, or None, got {self.lane}")
 
@@ -76,19 +72,12 @@ class RunLength:
         return tuple(DTYPES)
 
     def encode(self, solution: Solution) -> Packed:
-        check_rotated(self, solution)
-        grid = Ternary() if self.scale_bits == 0 else Deadzone(self.scale_bits)
-        if solution.grid != grid:
-            raise Unsupported(f"runlength: {self!r} stores the grid {grid!r}, got {solution.grid!r}")
-        if solution.outliers is not None or solution.order is not None:
-            raise Unsupported("runlength: stores neither outliers nor a column order; use the format 'spqr'")
+        _levels.check_solution(self, self.scale_bits, solution)
         codes = solution.codes
-        if codes.numel() and int(codes.max()) > 2:
-            raise Unsupported(f"runlength: codes must be 0, 1 or 2, got {int(codes.max())}")
         rows, columns = solution.shape
         lanes = Lanes(rows, columns, self._exponent(codes))
         tensors = (*kernels.encode(codes, lanes), torch.tensor([lanes.exponent], dtype=torch.uint8))
-        stored = dict(zip(self.parts, (*tensors, *self._scales(solution.params, rows)), strict=True))
+        stored = dict(zip(self.parts, (*tensors, *_levels.store(solution.params, self.scale_bits, rows)), strict=True))
         return Packed(self, (rows, columns), {part: t.to(codes.device) for part, t in stored.items()})
 
     def _exponent(self, codes: Tensor) -> int:
@@ -98,16 +87,17 @@ class RunLength:
         entropy = p - p * math.log2(max(p, 1e-9)) - (1 - p) * math.log2(max(1 - p, 1e-9))
         return next((k for k in CHOSEN if entropy * 2**k >= BITS_OF_A_LANE), CHOSEN[-1])
 
-    def _scales(self, params: Params, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """scale_codes, scale_grid, levels."""
-        if self.scale_bits == 0:
-            no_grid = torch.zeros(0, 2, dtype=torch.bfloat16)
-            return torch.zeros(0, 0, dtype=torch.uint8), no_grid, params["levels"][:, 0].contiguous()
-        codes = bits.pack(params["scale_codes"].reshape(1, rows), self.scale_bits)
-        return codes, params["scale_grid"].reshape(1, 2), torch.zeros(0, 2, dtype=torch.bfloat16)
-
     def decode(self, packed: Packed) -> Tensor:
-        stream, offsets, of_tile, exponents, levels, entries, _ = self._operands(packed)
+        dense = reference.values(self.codes(packed), self._operands(packed)[4])
+        if self.rotated and not torch.isfinite(dense := undo(dense)).all():
+            raise FormatError(
+                "runlength: scales are too large for this matrix; the file is damaged", tensor="scale_grid"
+            )
+        return dense
+
+    def codes(self, packed: Packed) -> Tensor:
+        """uint8 `[rows, columns]`. Raises FormatError on damage."""
+        stream, offsets, of_tile, exponents, _, entries, _ = self._operands(packed)
         rows, columns = packed.shape[0] // len(exponents), packed.shape[1]
         codes, tile = [], 0
         for exponent in exponents.tolist():
@@ -115,12 +105,7 @@ class RunLength:
             upto = tile + lanes.tiles
             codes.append(kernels.decode(stream, offsets[tile : upto + 1], of_tile[tile:upto], entries, lanes))
             tile = upto
-        dense = reference.values(torch.cat(codes), levels)
-        if self.rotated and not torch.isfinite(dense := undo(dense)).all():
-            raise FormatError(
-                "runlength: scales are too large for this matrix; the file is damaged", tensor="scale_grid"
-            )
-        return dense
+        return torch.cat(codes)
 
     def unrotated(self, packed: Packed) -> Packed:
         """The same bytes as a matrix whose columns are what they are."""
@@ -151,9 +136,7 @@ class RunLength:
             "tile_bytes": t["tile_bytes"][tile],
             "tile_classes": t["tile_classes"][tile],
             "exponents": t["exponents"][of],
-            "scale_codes": t["scale_codes"][of],
-            "scale_grid": t["scale_grid"][of],
-            "levels": t["levels"][number * rows : (number + 1) * rows],
+            **_levels.part(t, of, slice(number * rows, (number + 1) * rows)),
         }
         return Packed(self, (rows, packed.shape[1]), cut)
 
@@ -176,22 +159,10 @@ class RunLength:
             _offsets(t["tile_bytes"]),
             t["tile_classes"],
             t["exponents"],
-            self._levels(packed),
+            _levels.levels_of(packed, self.scale_bits, len(t["exponents"])),
             entries,
             turned,
         ]
-
-    def _levels(self, packed: Packed) -> Tensor:
-        """What codes 1 and 2 stand for, float32 `[rows, 2]`."""
-        t, rows = packed.tensors, packed.shape[0]
-        if self.scale_bits == 0:
-            return t["levels"].float()
-        codes = bits.unpack(t["scale_codes"], self.scale_bits, rows // len(t["exponents"]))
-        of_rows = {"scale_codes": codes, "scale_grid": t["scale_grid"][:, None]}
-        scale = Deadzone(self.scale_bits).ready(of_rows)["scale"].view(rows, 1)
-        if not torch.isfinite(scale).all():
-            raise FormatError("runlength: a scale is infinite; the file is damaged", tensor="scale_grid")
-        return torch.cat([-scale, scale], 1)
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         if eager(x):
@@ -211,25 +182,20 @@ class RunLength:
             if t[part].dtype != dtype:
                 raise FormatError(f"runlength: {part} must be {dtype}, got {t[part].dtype}", tensor=part)
         matrices = t["exponents"].numel()
-        _check_shape(t["exponents"], "exponents", (max(matrices, 1),))
+        check_shape(packed, "exponents", (max(matrices, 1),))
         if rows % matrices:
             raise FormatError(f"runlength: {rows} rows are not {matrices} matrices of one shape", tensor="exponents")
         exponents = t["exponents"].tolist()
         if not all(k in EXPONENTS for k in exponents):
             raise FormatError(f"runlength: exponents must be 8 to 14, got {exponents}", tensor="exponents")
         tiles = sum(Lanes(rows // matrices, columns, k).tiles for k in exponents)
-        _check_shape(t["stream"], "stream", (t["stream"].numel(),))
-        _check_shape(t["tile_bytes"], "tile_bytes", (tiles,))
-        _check_shape(t["tile_classes"], "tile_classes", (tiles,))
-        one, few = (0, 0), (0, 2)
-        if self.scale_bits:
-            one, few = (matrices, bits.packed_bytes(rows // matrices, self.scale_bits)), (matrices, 2)
-        _check_shape(t["scale_codes"], "scale_codes", one)
-        _check_shape(t["scale_grid"], "scale_grid", few)
-        _check_shape(t["levels"], "levels", (0, 2) if self.scale_bits else (rows, 2))
-        self._check_values(t, rows // matrices)
+        check_shape(packed, "stream", (t["stream"].numel(),))
+        check_shape(packed, "tile_bytes", (tiles,))
+        check_shape(packed, "tile_classes", (tiles,))
+        _levels.check(packed, self.scale_bits, matrices)
+        self._check_values(t)
 
-    def _check_values(self, t: dict[str, Tensor], rows: int) -> None:
+    def _check_values(self, t: dict[str, Tensor]) -> None:
         if (t["tile_bytes"] < 0).any() or int(t["tile_bytes"].sum(dtype=torch.int64)) != len(t["stream"]):
             raise FormatError(
                 f"runlength: the tiles have {int(t['tile_bytes'].sum(dtype=torch.int64))} bytes, the file "
@@ -238,19 +204,6 @@ class RunLength:
             )
         if (t["tile_classes"] >= CLASSES).any():
             raise FormatError(f"runlength: classes must be below {CLASSES}; the file is damaged", tensor="tile_classes")
-        for part in ("levels", "scale_grid"):
-            if not torch.isfinite(t[part]).all():
-                raise FormatError(f"runlength: {part} has NaN or infinity; the file is damaged", tensor=part)
-        used = rows * self.scale_bits % 8
-        if used and (t["scale_codes"][:, -1] >> used).any():
-            raise FormatError(
-                "runlength: unused bits behind scale_codes are not 0; it is damaged", tensor="scale_codes"
-            )
-
-
-def _check_shape(t: Tensor, part: str, shape: tuple[int, ...]) -> None:
-    if t.shape != shape:
-        raise FormatError(f"runlength: {part} must have shape {shape}, got {tuple(t.shape)}", tensor=part)
 
 
 def _offsets(tile_bytes: Tensor) -> Tensor:

@@ -12,12 +12,8 @@ from halfbit import native
 from halfbit.errors import FormatError, Unsupported
 from halfbit.formats.runlength.lanes import LANES, Lanes
 from halfbit.formats.runlength.tables import limits, tables
-from halfbit.rotation import rotated_input
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
-# tokens of a matrix from which its rows are decoded and multiplied by torch, and the weights of rows decoded at a time
-TOKENS_TO_DECODE = 33
-WEIGHTS_AT_ONCE = 1 << 20
 
 
 def encode(codes: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,39 +42,13 @@ def product(
     signs: Tensor,
     out_features: int,
 ) -> Tensor:
-    """See `Codec.product`: straight from the stream where a matrix has few tokens, else some decoded rows at a time."""
+    """See `Codec.product`: straight from the stream, 32 tokens at a time."""
     if x.dtype not in INPUTS or x.ndim != 2 or not x.is_cpu:
         raise Unsupported(
             f"runlength/cpu: x must be [tokens, columns] on the CPU in {', '.join(map(str, INPUTS))}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
     operands = [stream, offsets, of_tile, exponents, levels, entries, signs]
-    if x.shape[0] < TOKENS_TO_DECODE:
-        # as below, without the time that looking at the groups takes
-        return _few(x, starts, operands, out_features)
-    counts = starts.diff()
-    many = counts >= TOKENS_TO_DECODE
-    if not many.any():
-        return _few(x, starts, operands, out_features)
-    y = x.new_empty(x.shape[0], out_features)
-    if not many.all():
-        # the groups with many tokens have none here
-        few = torch.cat([starts[:1], torch.where(many, 0, counts).cumsum(0)])
-        rows = torch.arange(x.shape[0])[~many.repeat_interleave(counts)]
-        y[rows] = _few(x[rows], few, operands, out_features)
-    tiles, first = [stream, offsets, of_tile, entries], 0
-    for g, exponent in enumerate(exponents.tolist()):
-        lanes = Lanes(out_features, x.shape[1], exponent)
-        if many[g]:
-            those = slice(int(starts[g]), int(starts[g + 1]))
-            tokens = rotated_input(x[those]) if signs.numel() else x[those].detach().to(torch.float32)
-            _many(tokens, tiles, first, lanes, levels[g * out_features : (g + 1) * out_features], y[those])
-        first += lanes.tiles
-    return y
-
-
-def _few(x: Tensor, starts: Tensor, operands: list[Tensor], out_features: int) -> Tensor:
-    """`[tokens, out]`."""
     # no call of torch that is not needed: once other weights have passed the caches, each takes 10 to 50 microseconds
     y = torch.empty(x.shape[0], out_features)
     inputs = (x if x.dtype == torch.float32 else x.float()).contiguous()
@@ -87,17 +57,6 @@ def _few(x: Tensor, starts: Tensor, operands: list[Tensor], out_features: int) -
     except RuntimeError as error:
         raise _damaged(error) from None
     return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-
-def _many(tokens: Tensor, tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, y: Tensor) -> None:
-    """All tokens of one matrix, float32, into `y`."""
-    height = LANES * lanes.height
-    bands = max(1, WEIGHTS_AT_ONCE // max(1, height * lanes.columns))
-    slab = torch.empty(min(bands * height, lanes.rows), lanes.columns)
-    for band in range(0, lanes.bands, bands):
-        rows = min(lanes.rows, (band + bands) * height) - band * height
-        _decode(tiles, first_tile, lanes, levels, band, slab[:rows])
-        y[:, band * height : band * height + rows] = tokens @ slab[:rows].T
 
 
 def _decode(tiles: list[Tensor], first_tile: int, lanes: Lanes, levels: Tensor, band: int, to: Tensor) -> None:

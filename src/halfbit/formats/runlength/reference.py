@@ -8,6 +8,7 @@ from torch import Tensor
 
 from halfbit.errors import FormatError
 from halfbit.formats._grouped_product import grouped_product
+from halfbit.formats._levels import values
 from halfbit.formats.runlength.lanes import LANES, Lanes
 from halfbit.formats.runlength.tables import SKIP, classes, tables
 from halfbit.rotation import rotate
@@ -158,8 +159,3 @@ def product(
 
     given = rotate(x.to(torch.float32)) if signs.numel() else x
     return grouped_product(given, starts, out_features, matrix).to(x.dtype)
-
-
-def values(codes: Tensor, levels: Tensor) -> Tensor:
-    """float32 `[rows, columns]` of codes and the `[rows, 2]` values of codes 1 and 2."""
-    return torch.nn.functional.pad(levels, (1, 0)).gather(1, codes.to(torch.int64))

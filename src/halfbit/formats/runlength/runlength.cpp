@@ -26,11 +26,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,8 +36,10 @@
 #include <nanobind/ndarray.h>
 
 #include "extension.h"
+#include "floats.h"
 #include "isa.h"
 #include "parallel.h"
+#include "rotate.h"
 #include "tensors.h"
 
 #ifdef HALFBIT_X86
@@ -50,6 +50,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using halfbit::array;
 using halfbit::Array;
+using halfbit::floats;
+using halfbit::Floats;
 using halfbit::Isa;
 
 namespace {
@@ -441,16 +443,6 @@ void decode(Array<const uint8_t, 1> bytes, Array<const int64_t, 1> offsets, Arra
 
 // ---------------------------------------------------------------------------------------------------------------- product
 
-struct Free {
-    void operator()(float *p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Aligned to cache lines, so that 16 tokens of one column are one line.
-Floats floats(int64_t count) {
-    return Floats(static_cast<float *>(::operator new[](sizeof(float) * std::max<int64_t>(count, 1), std::align_val_t{64})));
-}
-
 // Tokens that go through a matrix together.
 struct Pass {
     int64_t matrix, first, tokens;
@@ -478,22 +470,6 @@ void pack(Pass &pass, const float *x, const Cut &cut) {
             for (int64_t t = 0; t < lanes; ++t)
                 for (int64_t c = first; c < std::min(first + 16, end); ++c)
                     to[c * lanes + t] = t < pass.tokens ? x[t * columns + c] : 0.0f;
-    }
-}
-
-// `rotation.rotate` of one token, to the bit: the same additions in the same order.
-void rotate(const float *x, const int8_t *signs, int64_t columns, float *y) {
-    const int64_t size = std::min<int64_t>(columns & -columns, 256);
-    const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(size)));
-    for (int64_t c = 0; c < columns; ++c) y[c] = signs[c] < 0 ? -x[c] : x[c];
-    for (float *block = y; block < y + columns; block += size) {
-        for (int64_t half = 1; half < size; half *= 2)
-            for (int64_t pair = 0; pair < size; pair += 2 * half)
-                for (int64_t c = pair; c < pair + half; ++c) {
-                    const float a = block[c], b = block[c + half];
-                    block[c] = a + b, block[c + half] = a - b;
-                }
-        for (int64_t c = 0; c < size; ++c) block[c] *= scale;
     }
 }
 
@@ -548,7 +524,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         rotated = floats(tokens * columns);
         given = rotated.get();
         halfbit::parallel(threads, tokens, [&](int64_t t) {
-            rotate(x.data() + t * columns, signs.data(), columns, rotated.get() + t * columns);
+            halfbit::rotate(x.data() + t * columns, signs.data(), columns, rotated.get() + t * columns);
         });
     }
     halfbit::parallel(threads, passes.size(), [&](int64_t i) {

@@ -19,8 +19,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -30,6 +28,7 @@
 #include <nanobind/stl/array.h>
 
 #include "extension.h"
+#include "floats.h"
 #include "isa.h"
 #include "parallel.h"
 #include "tensors.h"
@@ -42,6 +41,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using halfbit::array;
 using halfbit::Array;
+using halfbit::floats;
+using halfbit::Floats;
 using halfbit::Isa;
 
 namespace {
@@ -308,15 +309,6 @@ Stack stack(const nb::list &t, const std::array<int64_t, 6> &form) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- product
-
-struct Free {
-    void operator()(float *p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats floats(int64_t count) {
-    return Floats(static_cast<float *>(::operator new[](sizeof(float) * std::max<int64_t>(count, 1), std::align_val_t{64})));
-}
 
 // Tokens that go through a matrix together.
 struct Pass {

@@ -1,0 +1,47 @@
+"""Which implementation runs: C++ on the CPU where the extension is built, plain torch everywhere else.
+
+`halfbit::quads_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from halfbit import native
+from halfbit.formats.quads import reference
+
+if native.extension is not None:
+    from halfbit.formats.quads import cpu
+
+
+def encode(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.encode`."""
+    return _of(codes).encode(codes)
+
+
+def decode(masks: Tensor, patterns: Tensor, signs: Tensor, at: tuple[Tensor, Tensor], columns: int) -> Tensor:
+    """See `reference.decode`."""
+    return _of(masks).decode(masks, patterns, signs, at, columns)
+
+
+def _of(t: Tensor) -> ModuleType:
+    return cpu if native.extension is not None and t.is_cpu else reference
+
+
+def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    """See `Codec.product`; `tensors` are those of `Quads.runtime`."""
+    return _of(x).product(x, starts, *tensors, out_features)
+
+
+product = torch.library.custom_op(
+    "halfbit::quads_product",
+    multiply,
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
+)
+
+
+@product.register_fake
+def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
