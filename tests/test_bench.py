@@ -16,7 +16,7 @@ from halfbit.cli import app
 from halfbit.errors import Unsupported
 
 TINY = ["bench", "--shapes", "48x64", "--memory", "200kB", "--repetitions", "3", "--threads", "1"]
-FORMATS = ["qmoe", "runlength", "runlength-rotated", "spqr-3bit", "grouped-4-g64"]
+FORMATS = ["qmoe", "quads", "runlength", "runlength-rotated", "spqr-3bit", "grouped-4-g64"]
 
 
 def invoke(*arguments: str) -> Any:

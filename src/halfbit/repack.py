@@ -114,9 +114,10 @@ def _by_block(manifest: dict[str, Any]) -> dict[str, list[tuple[str, str, Entry]
             own = {
                 block_of.get(stored_name(path, projection, part)) for part in entry.tensors if part not in entry.shared
             }
-            if len(own) != 1 or None in own:
+            block = own.pop() if len(own) == 1 else None
+            if block is None:
                 raise FormatError(f"{path}.{projection}: its tensors are not in one block of the manifest")
-            found[own.pop()].append((path, projection, entry))
+            found[block].append((path, projection, entry))
     return found
 
 

@@ -1,7 +1,7 @@
 """Matrices to be multiplied, in each format by name: random codes with the statistics that trained weights have.
 
     qmoe                ternary, independent symbols, `zeros` of them 0
-    runlength           the same on the grid deadzone; runlength-rotated: its columns are rotated
+    runlength, quads    the same on the grid deadzone; runlength-rotated: its columns are rotated
     spqr-3bit           2 to 8 bits in groups of 16 with statistics of 3 bits, `outliers` of the weights kept, an order
     grouped-4, grouped-4-g64   2 to 8 bits in groups of 128, or of 64
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from halfbit.errors import UnknownName
 from halfbit.formats.grouped import Grouped
 from halfbit.formats.qmoe import QMoE
+from halfbit.formats.quads import Quads
 from halfbit.formats.runlength import RunLength
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.types import Codec, Grid, Outliers, Packed, Params, Solution
 
-KNOWN = ["qmoe", "runlength", "runlength-rotated", "spqr-3bit (2 to 8)", "grouped-4 (2 to 8)", "grouped-4-g64"]
+KNOWN = ["qmoe", "quads", "runlength", "runlength-rotated", "spqr-3bit (2 to 8)", "grouped-4 (2 to 8)", "grouped-4-g64"]
 _SPQR, _GROUPED = re.compile(r"spqr-([2-8])bit"), re.compile(r"grouped-([2-8])(?:-g([1-9][0-9]*))?")
 # columns that are drawn and fitted; wider matrices repeat them, as fitting takes longer than everything else
 DRAWN = 64
@@ -41,6 +42,8 @@ def codec_of(name: str) -> Codec:
     """What a name of this file means. Raises UnknownName."""
     if name == "qmoe":
         return QMoE()
+    if name == "quads":
+        return Quads()
     if name in ("runlength", "runlength-rotated"):
         return RunLength(rotated=name == "runlength-rotated")
     if found := _SPQR.fullmatch(name):
@@ -56,7 +59,7 @@ def packed(codec: Codec, rows: int, columns: int, statistics: Statistics) -> Pac
     if isinstance(codec, QMoE):
         levels = (torch.rand(rows, 1, 2, generator=random) + 0.5) * torch.tensor([-1.0, 1.0])
         solution = Solution(Ternary(), _ternary(rows, columns, statistics.zeros, random), {"levels": levels.bfloat16()})
-    elif isinstance(codec, RunLength):
+    elif isinstance(codec, RunLength | Quads):
         grid = Deadzone(codec.scale_bits)
         params = {k: v[:, None] for k, v in grid.store(torch.rand(rows, generator=random) + 0.5).items()}
         codes = _ternary(rows, columns, statistics.zeros, random)
