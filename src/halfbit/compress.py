@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbit import native
+from halfbit import heap, native
 from halfbit.activations import Activations, room
 from halfbit.allocation import CURVES, Settled, settle
 from halfbit.cluster import hired
@@ -154,6 +154,8 @@ def _finish(
     keeper.open()
     if recipe.gates.model and MODEL not in writer.manifest["gates"]:
         if held:
+            # what the blocks left behind would stand beside the whole compressed model
+            heap.trim()
             dtype = _compute_dtype(reader, device)
             checks = judge_model(reader, writer.folder, text, held, recipe.gates, device, dtype)
             yield from keeper.judge(MODEL, checks)
