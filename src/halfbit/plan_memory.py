@@ -174,8 +174,8 @@ def experts_bytes(
     second += up // F32 + (2 * up + down if asymmetric else 0)
     codes = (up + down) // F32
     decoded = codes + up + down + max(up, down) + (up + down if asymmetric else 0)
-    # and of the group that is read meanwhile its weights, of the one that is in use those and what they decode to
-    return (1 + PIPELINE) * (up + down) + max(first, second, decoded, seen)
+    # one group is solved while the one before is decoded and run, and the one behind read
+    return (1 + PIPELINE) * (up + down) + max(first, second) + max(decoded, seen)
 
 
 def _options(rule: Rule) -> list[Rule]:
