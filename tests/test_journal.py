@@ -198,17 +198,10 @@ def test_answers_of_another_module_or_without_their_groups_are_not_used(saved, t
 @pytest.mark.parametrize("name", ["qwen3-moe", "switch"])
 def test_measuring_goes_on_inside_of_a_block(name: str, saved, tmp_path, always, monkeypatch) -> None:
     source, probed = saved(name), []
-    original = probe.solve
-
-    def noted(w: Any, h: Any, rules: Any, how: Any, names: list[str], notices: Any) -> Any:
-        probed.extend(names)
-        return original(w, h, rules, how, names, notices)
-
-    monkeypatch.setattr(probe, "solve", noted)
-    list(steps(source, tmp_path / "whole", OPTIONS))
+    monkeypatch.setattr(probe, "solve", partial(_noting, probed, probe.solve))
+    events = [e for e in steps(source, tmp_path / "whole", OPTIONS) if isinstance(e, Probed)]
     files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     once = Counter(probed)
-    events = [e for e in steps(source, tmp_path / "count", OPTIONS) if isinstance(e, Probed)]
     for stop in (1, len(events) // 2 + 1):
         probed.clear()
         out = tmp_path / str(stop)
