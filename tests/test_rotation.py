@@ -19,7 +19,7 @@ from halfbit.formats.runlength import RunLength
 from halfbit.formats.spqr import SpQR
 from halfbit.grids.deadzone import Deadzone
 from halfbit.recipe import Recipe, Rule, Solving
-from halfbit.rotation import block, both_sides, rotate, signs, undo
+from halfbit.rotation import block, both_sides, rotate, rotated_input, signs, undo
 from halfbit.solve.loss import relative_loss
 from halfbit.solve.rtn import rtn
 from halfbit.solving import solve
@@ -46,6 +46,8 @@ def test_it_is_an_orthogonal_matrix_and_all_its_forms_are_that_one(columns: int)
     assert torch.allclose(rotate(x), x @ r.T, atol=1e-12)
     assert torch.allclose(undo(x), x @ r, atol=1e-12)
     assert torch.allclose(both_sides(x.T @ x), r @ (x.T @ x) @ r.T, atol=1e-10)
+    assert torch.allclose(rotated_input(x.float()).double(), x @ r.T, atol=1e-5)
+    assert torch.allclose(rotated_input(x.half()).double(), x.half().double() @ r.T, atol=1e-5)
 
 
 def test_the_block_is_the_largest_power_of_two_that_fits_andsigns_never_change() -> None:

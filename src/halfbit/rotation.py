@@ -33,6 +33,12 @@ def both_sides(h: Tensor) -> Tensor:
     return rotate(rotate(h).mT).mT
 
 
+def rotated_input(x: Tensor) -> Tensor:
+    """As `rotate` of `x` `[tokens, columns]`, by one matrix product, in float32: what GPUs do."""
+    hadamard, turned = _matrix(x.shape[1], x.device)
+    return ((x.to(torch.float32) * turned).view(-1, hadamard.shape[0]) @ hadamard).view(x.shape)
+
+
 def block(columns: int) -> int:
     """Columns that are mixed with each other."""
     return min(columns & -columns, LARGEST)
@@ -60,3 +66,9 @@ def _splitmix(counter: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
     return z ^ (z >> 31)
+
+
+@lru_cache(maxsize=64)
+def _matrix(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """H `[b, b]` and the signs, float32."""
+    return _mixed(torch.eye(block(columns))).to(device), signs(columns).to(device, torch.float32)
