@@ -11,7 +11,8 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 import halfbit
-from halfbit import cli, recipe
+from halfbit import recipe
+from halfbit.commands.progress import show_progress
 from halfbit.compress import compress
 from halfbit.samples import load_tokenizer
 
@@ -30,7 +31,7 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     chosen = recipe.load("qmoe").calibrated(samples=128, sequence_length=256)
     begin = time.perf_counter()
-    cli.show_progress(compress(str(MODEL), OUT, chosen, str(MODEL / "calibration.txt")))
+    show_progress(compress(str(MODEL), OUT, chosen, str(MODEL / "calibration.txt")))
     seconds = time.perf_counter() - begin
     report = halfbit.inspect(OUT)
 

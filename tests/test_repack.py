@@ -1,14 +1,16 @@
-"""Layouts: every weight stays, bytes change, and a repack that is interrupted goes on to the same files."""
+"""Layouts: every weight stays, bytes change, and a repack that is interrupted goes on to the same files. What is
+compressed in a layout is what a repack would make of it, or keeps its bits in that layout."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from compressed import Made, edit_manifest, inputs, load
+from compressed import Made, chosen, edit_manifest, inputs, load, text
 from safetensors.torch import load_file
 
-from halfbit.errors import FormatError, OutputError, Unsupported
+from halfbit.compress import compress
+from halfbit.errors import FormatError, OutputError, UnknownName
 from halfbit.folder import verify
 from halfbit.formats.grouped import Grouped
 from halfbit.formats.qmoe import QMoE
@@ -17,9 +19,10 @@ from halfbit.formats.runlength import RunLength
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
 from halfbit.manifest import Problem, read_manifest
+from halfbit.recipe import Recipe
 from halfbit.repack import in_layout, repack
 from halfbit.solve.rtn import rtn
-from halfbit.types import Packed
+from halfbit.types import Codec, Packed
 
 MANY = """
 [[rules]]
@@ -123,7 +126,7 @@ def test_an_interrupted_repack_goes_on_to_the_same_files(small: Made, tmp_path: 
 
 
 def test_what_cannot_be_repacked_is_said(small: Made, tmp_path: Path):
-    with pytest.raises(Unsupported, match="compact or fast, got 'small'"):
+    with pytest.raises(UnknownName, match="layout 'small'; known: compact, fast"):
         next(repack(small.folder, tmp_path / "out", "small"))
     with pytest.raises(OutputError, match="is the source"):
         next(repack(small.folder, small.folder, "fast"))
@@ -141,3 +144,65 @@ def test_what_cannot_be_repacked_is_said(small: Made, tmp_path: Path):
     edit_manifest(copy, lambda manifest: manifest.update(complete=False))
     with pytest.raises(FormatError, match="has not finished"):
         next(repack(copy, tmp_path / "out", "fast"))
+
+
+OPTIONS = """
+[[rules]]
+match = "*experts*"
+bits = 3.2
+[[rules.options]]
+grid = { name = "deadzone" }
+codec = { name = "runlength", rotated = true }
+[[rules.options]]
+grid = { name = "affine", bits = 3, group = 16 }
+codec = { name = "grouped", bits = 3, group = 16 }
+"""
+
+
+def test_a_recipe_in_a_layout_has_other_codecs_for_ternary_matrices_and_no_other_change():
+    for rules in (MANY, OPTIONS):
+        recipe = chosen(rules)
+        fast = recipe.in_layout("fast")
+        assert not any(isinstance(codec, RunLength | QMoE) for codec in codecs_of(fast))
+        assert any(isinstance(codec, Quads) for codec in codecs_of(fast))
+        assert any(isinstance(codec, Grouped) for codec in codecs_of(fast))
+        back = fast.in_layout("compact")
+        assert back.to_toml() == recipe.in_layout("compact").to_toml()
+        assert fast.to_toml() == back.in_layout("fast").to_toml()
+    with pytest.raises(UnknownName, match="layout 'small'; known: compact, fast"):
+        chosen(MANY).in_layout("small")
+
+
+def codecs_of(recipe: Recipe) -> list[Codec]:
+    rules = [r for rule in recipe.rules for r in (rule.options or (rule,))]
+    return [rule.codec for rule in rules if rule.codec is not None]
+
+
+def test_compressed_in_a_layout_is_what_a_repack_makes_of_it(small: Made, tmp_path: Path):
+    events = list(compress(str(small.source), tmp_path / "fast", chosen(MANY).in_layout("fast"), text(small.source)))
+    assert type(events[-1]).__name__ == "Finished"
+    list(repack(small.folder, tmp_path / "repacked", "fast"))
+    one, other = (read_manifest(tmp_path / name) for name in ("fast", "repacked"))
+    assert one["packed"] == other["packed"]
+    assert one["tensors"] == other["tensors"]
+    assert one["matrices"] == other["matrices"]
+    assert not [found for found in verify(tmp_path / "fast") if isinstance(found, Problem)]
+
+
+def test_bits_are_counted_in_the_layout_that_is_written(small: Made, tmp_path: Path):
+    recipe = chosen(OPTIONS).in_layout("fast")
+    for event in compress(str(small.source), tmp_path / "out", recipe, text(small.source), accept=["all"]):
+        if type(event).__name__ == "BlockDone":
+            break
+    # an interrupted run is one of its layout
+    with pytest.raises(OutputError, match="recipe"):
+        list(compress(str(small.source), tmp_path / "out", chosen(OPTIONS), text(small.source)))
+    list(compress(str(small.source), tmp_path / "out", recipe, text(small.source), accept=["all"]))
+    packed = packed_of(tmp_path / "out")
+    assert {codec.name for _, _, p in packed for codec in getattr(p.codec, "codecs", (p.codec,))} <= {
+        "quads",
+        "grouped",
+    }
+    stored = 8 * sum(t.nbytes for _, _, p in packed for t in p.tensors.values())
+    # matrices this small have few rates to choose from
+    assert stored / sum(p.shape[0] * p.shape[1] for _, _, p in packed) == pytest.approx(3.2, rel=0.1)

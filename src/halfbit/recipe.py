@@ -44,6 +44,7 @@ import torch
 
 from halfbit import formats, grids, registry
 from halfbit.errors import FormatError, RecipeError, UnknownName, Unsupported
+from halfbit.formats._layouts import codec_in
 from halfbit.grids.deadzone import Deadzone
 from halfbit.solve.orders import Order
 from halfbit.solve.rtn import rtn
@@ -140,6 +141,11 @@ class Rule:
         if spread is None or not isinstance(found.grid, Deadzone):
             return found
         return replace(found, bits=bits, grid=replace(found.grid, spread=spread))
+
+    def in_layout(self, layout: str) -> "Rule":
+        """The rule with its ternary matrices stored in a layout, see `formats/_layouts.py`."""
+        options = tuple(option.in_layout(layout) for option in self.options)
+        return replace(self, codec=None if self.codec is None else codec_in(self.codec, layout), options=options)
 
     def takes(self, budget: str) -> bool:
         """Whether there is something in the rule that can be chosen to keep such a budget."""
@@ -359,6 +365,10 @@ class Recipe:
     def gated(self, **changes: Any) -> "Recipe":
         """The recipe with some limits of gates replaced."""
         return replace(self, gates=replace(self.gates, **changes))
+
+    def in_layout(self, layout: str) -> "Recipe":
+        """The recipe with ternary matrices stored in a layout, "compact" or "fast"; bits are then counted in that."""
+        return replace(self, rules=tuple(rule.in_layout(layout) for rule in self.rules))
 
     def budgeted(self, budget: str, value: float, among: Sequence[Rule] | None = None) -> "Recipe":
         """The recipe with one of BUDGETS for every rule that can keep it, in place of what the rule said.

@@ -1,8 +1,7 @@
 """A compressed folder in another layout: the smallest bytes, or those that multiply fastest. No weight changes.
 
-`compact` stores ternary matrices as `runlength`; `fast` as `quads`, which takes about 0.1 bits per weight more and
-multiplies one token three times as fast on CPUs with AVX-512. Everything else is copied. A block's file is read,
-compared with the manifest's checksums, and written by the Writer, so a repack that dies goes on where it was.
+What the layouts are is in `formats/_layouts.py`; what has only one is copied. A block's file is read, compared with the
+manifest's checksums, and written by the Writer, so a repack that dies goes on where it was.
 """
 
 import hashlib
@@ -17,21 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halfbit import formats
-from halfbit.errors import FormatError, OutputError, Unsupported
+from halfbit.errors import FormatError, OutputError, UnknownName
 from halfbit.events import Began, BlockBegan, BlockDone, Event, Finished, Imported, Noticed
 from halfbit.formats import separate
+from halfbit.formats._layouts import LAYOUTS, TERNARY, codec_in
 from halfbit.formats._levels import grid_of, params_of
 from halfbit.formats.qmoe import QMoE
-from halfbit.formats.quads import Quads
-from halfbit.formats.runlength import RunLength
 from halfbit.grids.ternary import Ternary
 from halfbit.layout import Entry, stored_name
 from halfbit.manifest import checksum, read_manifest
 from halfbit.types import Packed, Solution
 from halfbit.untrusted import read_json
 from halfbit.writer import INDEX, RECORDS, Writer
-
-LAYOUTS = {"compact": RunLength, "fast": Quads}
 
 
 def repack(source: str | Path, folder: str | Path, layout: str) -> Iterator[Event]:
@@ -47,7 +43,7 @@ def repack(source: str | Path, folder: str | Path, layout: str) -> Iterator[Even
     """
     root = Path(source)
     if layout not in LAYOUTS:
-        raise Unsupported(f"repack: layout must be {' or '.join(LAYOUTS)}, got {layout!r}")
+        raise UnknownName("layout", layout, list(LAYOUTS))
     if Path(folder).resolve() == root.resolve():
         raise OutputError(f"{folder}: is the source; give another folder")
     manifest = read_manifest(root)
@@ -77,18 +73,18 @@ def repack(source: str | Path, folder: str | Path, layout: str) -> Iterator[Even
 def in_layout(matrix: Packed, layout: str) -> Packed:
     """One matrix, with the same decoded weights; unchanged where its format is no ternary one, or it has values that
     the other format cannot hold."""
-    target, codec = LAYOUTS[layout], matrix.codec
-    if isinstance(codec, target) or not isinstance(codec, RunLength | Quads | QMoE):
+    codec = matrix.codec
+    target = codec_in(codec, layout)
+    if target is codec or not isinstance(codec, TERNARY):
         return matrix
     if isinstance(codec, QMoE):
         solution = _of_values(codec.decode(matrix))
-        found = None if solution is None else target(scale_bits=0).encode(solution)
+        if solution is None:
+            return matrix
     else:
         params = params_of(matrix.tensors, codec.scale_bits, matrix.shape[0])
         solution = Solution(grid_of(codec.scale_bits), codec.codes(matrix), params, rotated=codec.rotated)
-        found = target(scale_bits=codec.scale_bits, rotated=codec.rotated).encode(solution)
-    if found is None:
-        return matrix
+    found = target.encode(solution)
     assert torch.equal(found.codec.decode(found), codec.decode(matrix)), "a layout has changed a weight"
     return found
 
@@ -138,7 +134,7 @@ def _block(
     for path, projection, entry in entries:
         own = {part: stored_name(path, projection, part) for part in entry.tensors if part not in entry.shared}
         config = manifest["packed"][path][projection]
-        if not entry.shared and any(isinstance(c, RunLength | Quads | QMoE) for c in _codecs(entry)):
+        if not entry.shared and any(isinstance(c, TERNARY) for c in _codecs(entry)):
             whole = entry.packed({part: tensors.pop(name) for part, name in own.items()})
             matrices = [whole.codec.part(whole, e, entry.shape[0]) for e in range(entry.shape[0])]
             matrices = [in_layout(m, layout) for m in separate(matrices)]

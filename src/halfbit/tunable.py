@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from halfbit import formats
+from halfbit.formats._layouts import TERNARY
+from halfbit.formats._levels import grid_of as stored_grid
 from halfbit.formats.mixed import Mixed
 from halfbit.formats.qmoe import QMoE
+from halfbit.formats.quads import Quads
 from halfbit.formats.runlength import RunLength
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
@@ -92,9 +95,11 @@ class TunableMatrix(nn.Module):
     def __init__(self, packed: Packed, experts: int, original: Tensor | None = None):
         super().__init__()
         self.codec: Codec = packed.codec
-        self.rotated = isinstance(packed.codec, RunLength) and packed.codec.rotated
-        if isinstance(packed.codec, RunLength):
-            packed = packed.codec.unrotated(packed)
+        assert isinstance(packed.codec, TERNARY)
+        self.rotated = not isinstance(packed.codec, QMoE) and packed.codec.rotated
+        if not isinstance(packed.codec, QMoE):
+            # the same bytes as a matrix whose columns are what they are
+            packed = replace(packed, codec=replace(packed.codec, rotated=False))
         if self.rotated and original is not None:
             original = rotate(original)
         dense = packed.codec.decode(packed).view(experts, -1, packed.shape[1])
@@ -274,14 +279,12 @@ class TunableStack(nn.Module):
 
 def is_tunable(codec: Codec) -> bool:
     """Whether a stack of this codec has ternary matrices."""
-    return isinstance(codec, RunLength | QMoE) or (isinstance(codec, Mixed) and any(map(is_tunable, codec.codecs)))
+    return isinstance(codec, TERNARY) or (isinstance(codec, Mixed) and any(map(is_tunable, codec.codecs)))
 
 
 def grid_of(codec: Codec) -> Deadzone | Ternary:
     """The ternary grid whose solutions a codec stores."""
-    if isinstance(codec, RunLength) and codec.scale_bits:
-        return Deadzone(codec.scale_bits)
-    return Ternary()
+    return Ternary() if not isinstance(codec, RunLength | Quads) else stored_grid(codec.scale_bits)
 
 
 class TunableExperts(nn.Module):

@@ -16,7 +16,7 @@ README.md beside this file has the drawing and the derivation.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -106,10 +106,6 @@ class RunLength:
             codes.append(kernels.decode(stream, offsets[tile : upto + 1], of_tile[tile:upto], entries, lanes))
             tile = upto
         return torch.cat(codes)
-
-    def unrotated(self, packed: Packed) -> Packed:
-        """The same bytes as a matrix whose columns are what they are."""
-        return replace(packed, codec=replace(self, rotated=False))
 
     def check(self, packed: Packed) -> None:
         # the last state of each lane and the end of each tile say whether all before them was read aright
