@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from halfbit import triton_support
 from halfbit.formats import _grid_triton as grid
+from halfbit.formats import _triton_experts as experts
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -143,16 +145,27 @@ def grid_products(rows: int, columns: int) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for name, (form, outliers, ordered) in forms.items():
         one = operands(form, rows, columns, outliers, ordered)
-        for tokens in (1, 4, 16, 64):
+        # the last decodes rows for the library's product
+        for tokens in (1, 4, 16, 64, grid.DENSE_TOKENS):
             x, starts = torch.zeros(tokens, columns, dtype=torch.bfloat16), torch.tensor([0, tokens])
             found[f"{name}, {tokens} tokens"] = lambda x=x, s=starts, o=one, f=form: grid.product(x, s, o, f, "compile")
         which = torch.zeros(3, dtype=torch.int64)
         found[f"{name}, lookup"] = lambda w=which, o=one, f=form: grid.lookup(w, o, f)
-        found[f"{name}, decode"] = lambda o=one, f=form: grid._decoded(grid.Operands(*o), f, 0, rows, torch.bfloat16)
         several = operands(form, rows, columns, outliers, ordered, 16)
         x, starts = torch.zeros(8, columns, dtype=torch.float16), torch.zeros(17, dtype=torch.int64)
         found[f"{name}, 16 matrices"] = lambda x=x, s=starts, o=several, f=form: grid.product(x, s, o, f, "compile")
+        square = operands(form, columns, columns, outliers, ordered, 16)
+        for tokens in (1, 8):
+            found[f"{name}, layer, {tokens} tokens"] = partial(layer, form, square, columns, tokens)
     return found
+
+
+def layer(form: grid.Form, of_both: list[torch.Tensor], columns: int, tokens: int) -> None:
+    """An experts layer without gates, 16 experts of `columns` x `columns`, two for each token."""
+    x, weights = torch.zeros(tokens, columns, dtype=torch.bfloat16), torch.zeros(tokens, 2)
+    plan = partial(grid.plan, of_both, form, columns, x.dtype)
+    members, index = [experts.Member(plan)], torch.zeros(tokens, 2, dtype=torch.int64)
+    experts.experts(x, index, weights, members, members, None, None, 16, [columns, columns], "plain:relu", [])
 
 
 def main() -> None:

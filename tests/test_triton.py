@@ -41,7 +41,7 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(target: str, monkeypatc
     calls = triton_compile.grid_products(256, 512)
     with triton_compile.compiling(triton_compile.TARGETS[target]) as found:
         calls["spqr 3 bit, 1 tokens"]()
-    assert found[0].name == "_few"
+    assert found[0].name == "_product"
     assert all(k.registers > 0 and k.spilled == 0 for k in found)
 
 
@@ -56,7 +56,12 @@ def test_launch_configurations_are_the_users_then_the_packages_then_the_kernels(
     device, default = torch.device("cpu"), {"BLOCK": 1, "num_warps": 4}
     assert triton_support.launch("k", [1], default, device) == {"BLOCK": 2, "num_warps": 8}
     assert triton_support.launch("k", [3], default, device) == default
-    triton_support.remember("k", [2], {"BLOCK": 9}, device)
+    triton_support.remember("k 2", {"BLOCK": 9}, device)
+    with triton_support.trying({"k 1": {"num_warps": 2}}) as asked:
+        assert triton_support.launch("k", [1], default, device) == {"BLOCK": 1, "num_warps": 2}
+        assert triton_support.launch("k", [3], default, device) == default
+    assert asked == {"k 1": "k", "k 3": "k"}
+    assert triton_support.launch("k", [1], default, device) == {"BLOCK": 2, "num_warps": 8}
     assert triton_support.launch("k", [2], default, device) == {"BLOCK": 9, "num_warps": 4}
     assert json.loads(triton_support.user_file().read_text()) == {"interpreter": {"k 2": {"BLOCK": 9}}}
     triton_support.user_file().write_text("{")

@@ -12,10 +12,13 @@ from torch import Tensor
 from triton_kernels import DEVICE, poisoned, stacked
 
 from halfbit import nn, triton_support
-from halfbit.formats import to_config
+from halfbit.formats import stack, to_config
+from halfbit.formats.grouped import Grouped
+from halfbit.formats.mixed import Mixed
 from halfbit.formats.qmoe import QMoE
 from halfbit.formats.runlength import RunLength
-from halfbit.types import Codec
+from halfbit.formats.spqr import SpQR
+from halfbit.types import Codec, Packed
 
 if triton_support.why_not():
     pytest.skip(triton_support.why_not(), allow_module_level=True)
@@ -30,7 +33,25 @@ LAYERS = {
     "runlength and qmoe": (RunLength(lane=256), QMoE(), "clamped-swiglu", [1.7, 0.8], True, 12, 5, FEW),
     "qmoe and rotated runlength": (QMoE(), RunLength(rotated=True), "plain:gelu", [], True, 5, 24, FEW),
     "runlength in segments": (RunLength(lane=256), RunLength(lane=256), "glu:relu", [], False, 270, 33, (1,)),
-}
+    # halves that begin inside of a tile of rows, more than one block of columns and of rows
+    "spqr": (SpQR(bits=3), SpQR(bits=3), "glu:silu", [], True, 70, 21, (1, 3)),
+    "spqr and grouped": (SpQR(bits=4, group=8), Grouped(3), "clamped-swiglu", [1.7, 0.8], True, 37, 40, FEW),
+    "grouped": (Grouped(4, group=32, symmetric=True), Grouped(2, group=16), "glu:gelu", [], False, 40, 33, (12,)),
+    "mixed": (
+        Mixed((QMoE(), SpQR(bits=3))), Mixed((RunLength(rotated=True), Grouped(3))), "glu:silu", [], True, 24, 9, (2,)
+    ),
+    "mixed and rotated": (Mixed((RunLength(rotated=True), QMoE())), QMoE(), "plain:relu", [], False, 12, 5, FEW),
+}  # fmt: skip
+
+
+def some(codec: Codec, rows: int, columns: int) -> tuple[Packed, list[Tensor]]:
+    """A stack, and what its matrices decode to; the experts of a mixed one take its codecs in turn."""
+    if not isinstance(codec, Mixed):
+        return stacked(codec, rows, columns, EXPERTS)
+    found = [stacked(member, rows, columns, EXPERTS) for member in codec.codecs]
+    turns = [found[e % len(found)] for e in range(EXPERTS)]
+    whole = stack([packed.codec.part(packed, e, EXPERTS) for e, (packed, _) in enumerate(turns)])
+    return whole, [dense[e] for e, (_, dense) in enumerate(turns)]
 
 
 def dense(x: Tensor, starts: Tensor, matrices: Tensor) -> Tensor:
@@ -47,7 +68,7 @@ def check_layer(
 ) -> None:
     """The error is at most twice that of the layer in plain torch, in the same dtype, plus two roundings."""
     features = [width if gate.startswith("plain") else 2 * width, hidden]
-    (first, ups), (second, downs) = stacked(up, features[0], hidden, EXPERTS), stacked(down, hidden, width, EXPERTS)
+    (first, ups), (second, downs) = some(up, features[0], hidden), some(down, hidden, width)
     random = torch.Generator().manual_seed(tokens)
     dtype = (torch.float32, torch.bfloat16, torch.float16)[tokens % 3]
     x = torch.randn(tokens, hidden, generator=random).to(DEVICE, dtype) / 8

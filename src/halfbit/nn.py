@@ -21,6 +21,7 @@ from halfbit.errors import FormatError
 from halfbit.experts import ExpertStack
 from halfbit.formats._eager import eager
 from halfbit.formats._grouped_product import one_group
+from halfbit.formats.mixed import Mixed
 from halfbit.layout import Entry, packed_name
 from halfbit.linears import WEIGHT
 from halfbit.routing import by_expert, weighted_sum
@@ -246,6 +247,22 @@ def _fused() -> ModuleType:
     return import_module("halfbit.formats._triton_experts")
 
 
+def _members(codec: Codec, operands: list[Tensor], out_features: int, hidden: Tensor) -> list[Any] | None:
+    """What the layer in two launches takes of a projection, see `_triton_experts.Member`; None where it cannot."""
+    parts: list[tuple[Codec, list[Tensor], Tensor | None]] = [(codec, operands, None)]
+    if isinstance(codec, Mixed):
+        own = operands[0].unbind(0)
+        parts = [*zip(codec.codecs, codec.separated(operands), own, strict=True)]
+    kernels = [backend(member.name, hidden) for member, _, _ in parts]
+    if not all(hasattr(module, "plan") for module in kernels):
+        return None
+    return [
+        _fused().Member(partial(module.plan, member, tensors, out_features, hidden.dtype), own)
+        for module, (member, tensors, own) in zip(kernels, parts, strict=True)
+        if module is not None
+    ]
+
+
 @torch.library.custom_op("halfbit::experts", mutates_args=())
 def experts_op(
     hidden: Tensor,
@@ -267,15 +284,11 @@ def experts_op(
     `up_codec` and `down_codec` are configurations (JSON), `features` their output features per expert.
     """
     first, second = _codec(up_codec), _codec(down_codec)
-    kernels = [backend(codec.name, hidden) for codec in (first, second)]
-    if hidden.shape[0] <= FUSED_TOKENS and all(hasattr(own, "plan") for own in kernels):
-        of_up, of_down = (
-            partial(own.plan, operands, out)
-            for own, operands, out in zip(kernels, (up, down), features, strict=True)
-            if own is not None
-        )
-        given = up_bias, down_bias, num_experts, features, gate, gate_arguments
-        return _fused().experts(hidden, index, weights, of_up, of_down, *given)
+    if hidden.shape[0] <= FUSED_TOKENS:
+        members = [_members(*of, hidden) for of in zip((first, second), (up, down), features, strict=True)]
+        if None not in members:
+            given = up_bias, down_bias, num_experts, features, gate, gate_arguments
+            return _fused().experts(hidden, index, weights, *members, *given)
     return experts_forward(
         hidden,
         index,
@@ -286,7 +299,7 @@ def experts_op(
         gate=lambda x: GATES[gate](x, *gate_arguments),
         up_bias=up_bias,
         down_bias=down_bias,
-        waiting=None in kernels,
+        waiting=any(backend(codec.name, hidden) is None for codec in (first, second)),
     )
 
 

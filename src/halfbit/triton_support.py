@@ -21,18 +21,21 @@ Kernels run on CUDA's (ROCm's, too) and XPU's tensors. With TRITON_INTERPRET=1 i
 interprets them, on tensors of the CPU: slow, for tests, and then all products on a CPU are Triton's.
 
 Nothing is tuned while a model loads or runs. `launch` gives what is known for a device: what was tuned there by the
-user, what comes with the package (`launches.json`), or the kernel's own default.
+user (`halfbit bench --tune`, `bench/tuning.py`), what comes with the package (`launches.json`), or the kernel's own
+default. Any values of a kernel's candidates must give right results.
 """
 
 import json
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,45 +124,43 @@ def user_file() -> Path:
 
 def launch(kernel: str, key: Sequence[object], default: Launch, device: torch.device) -> Launch:
     """How to launch `kernel` for what `key` says of shape, format and tokens; `default` where nothing is known."""
-    return default | _known(device).get(_entry(kernel, key), {})
+    entry = _entry(kernel, key)
+    if (trial := _trial.get()) is not None:
+        trial.asked[entry] = kernel
+        if entry in trial.chosen:
+            return default | trial.chosen[entry]
+    return default | _known(device).get(entry, {})
 
 
-def remember(kernel: str, key: Sequence[object], found: Launch, device: torch.device) -> None:
+class Trial(NamedTuple):
+    """What `launch` answers instead while something is tried, and what it was asked: entry by entry, their kernels."""
+
+    chosen: dict[str, Launch]
+    asked: dict[str, str]
+
+
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def trying(chosen: dict[str, Launch]) -> Iterator[dict[str, str]]:
+    """Within, launches are those that are chosen, or else as ever. What was asked for is in the result."""
+    trial = Trial(chosen, {})
+    token = _trial.set(trial)
+    try:
+        yield trial.asked
+    finally:
+        _trial.reset(token)
+
+
+def remember(entry: str, found: Launch, device: torch.device) -> None:
     """Keep a configuration for this device in the user's file; later launches in this process use it, too."""
     path = user_file()
     known = _read(path)
-    known.setdefault(device_name(device), {})[_entry(kernel, key)] = found
+    known.setdefault(device_name(device), {})[entry] = found
     make_folder(path.parent)
     atomically(path, lambda file: file.write_text(json.dumps(known, indent=1, sort_keys=True), "utf-8"))
     _known.cache_clear()
-
-
-def tune(
-    kernel: str,
-    key: Sequence[object],
-    candidates: Sequence[Launch],
-    run: Callable[[Launch], object],
-    device: torch.device,
-) -> Launch:
-    """Time `run` with each candidate and remember the fastest, by the median of 20. Only called where a user asks."""
-    times = {number: _milliseconds(lambda c=candidate: run(c), device) for number, candidate in enumerate(candidates)}
-    best = candidates[min(times, key=times.__getitem__)]
-    remember(kernel, key, best, device)
-    return best
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    of_device = getattr(torch, device.type)
-    times = []
-    for repetition in range(25):
-        begin, end = (of_device.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        if repetition >= 5:  # the first compile
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _entry(kernel: str, key: Sequence[object]) -> str:

@@ -1,4 +1,4 @@
-"""Grouped codes on a GPU by Triton: operands, product and lookup. The kernels are those of `_grid_triton.py`.
+"""Grouped codes on a GPU by Triton: operands, products and lookup. The kernels are those of `_grid_triton.py`.
 
 Codes are read as they are stored where a row is whole words, that is where 32 divides the columns; others are copied.
 Symmetric scales are read as they are stored; otherwise scale and zero of a group become one number of 32 bits, beside
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from halfbit.bits import unpack
 from halfbit.formats import _grid_triton as grid
+from halfbit.formats._triton_items import Plan
+from halfbit.formats.grouped import Grouped
 
 
 def runtime(tensors: list[Tensor], bits: int, symmetric: bool, columns: int) -> list[Tensor]:
@@ -50,6 +52,14 @@ def product(
 def lookup(which: Tensor, tensors: list[Tensor], form: tuple[int, int | None, bool]) -> Tensor:
     """See `Codec.lookup`."""
     return grid.lookup(which, tensors, _form(*form))
+
+
+def plan(
+    codec: Grouped, tensors: list[Tensor], out_features: int, dtype: torch.dtype, halves: int, tokens: int
+) -> Plan:
+    """See `_triton_items.Plan`."""
+    form = _form(codec.bits, codec.group, codec.symmetric)
+    return grid.plan(tensors, form, out_features, dtype, halves, tokens)
 
 
 def _form(bits: int, group: int | None, symmetric: bool) -> grid.Form:

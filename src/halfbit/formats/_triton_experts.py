@@ -6,13 +6,15 @@
 
 With one token its choices are the items. With more, choices are sorted by expert before, and x laid out by items: three
 small launches. Nothing waits for the device, and the sum is the same in every run. For formats whose module has `plan`;
-the two projections may be in different formats.
+the two projections may be in different formats. Where the experts of a projection are in several, each has a launch
+of its own, in which the others' items are empty.
 """
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 # what Triton compiles is given plain numbers
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,20 +52,25 @@ def _activation(x, NAME: tl.constexpr):
 
 @triton.jit
 def _up(
-    h, u, x, items, operands, bias, unadded, places, experts, out_features, columns, counters, alpha, limit,
+    h, u, x, items, own, operands, bias, unadded, places, experts, out_features, columns, counters, alpha, limit,
     MULTIPLY: tl.constexpr, SHAPE: tl.constexpr, TOKENS: tl.constexpr, ITEMS: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h `[items, width, TOKENS]` of x `[items, columns, TOKENS]`; u `[places, out_features]` is between. Float32.
 
-    What `_down` counts in is set to 0.
+    What `_down` counts in is set to 0. `own` int32 `[experts]`: which matrix of the operands is an expert's, -1: none;
+    None: they are in the order of the experts.
     """
     number, block = tl.program_id(0), tl.program_id(1)
-    own = (number * tl.num_programs(1) + block) * BLOCK + tl.arange(0, BLOCK)
-    while tl.min(own) < counters:
-        tl.store(unadded + own, 0, own < counters)
-        own += tl.num_programs(0) * tl.num_programs(1) * BLOCK
-    matrix, place, tokens = item(number, items, places, experts, TOKENS, ITEMS)
+    counter = (number * tl.num_programs(1) + block) * BLOCK + tl.arange(0, BLOCK)
+    while tl.min(counter) < counters:
+        tl.store(unadded + counter, 0, counter < counters)
+        counter += tl.num_programs(0) * tl.num_programs(1) * BLOCK
+    expert, place, tokens = item(number, items, places, experts, TOKENS, ITEMS)
+    matrix = expert
+    if own is not None:
+        matrix = tl.load(own + expert)
+        tokens = tl.where(matrix < 0, 0, tokens)
     if tokens > 0:
         t = tl.arange(0, TOKENS)
         to = u + (place + t).to(tl.int64) * out_features
@@ -85,15 +92,15 @@ def _up(
             gate_row = 2 * row if KIND == "clamped-swiglu" else row
             gate = tl.load(to[None, :] + gate_row, (n < count) & there, 0.0)
             if bias is not None:
-                of_matrix = bias + matrix.to(tl.int64) * out_features
-                gate += tl.load(of_matrix + gate_row, n < count, 0.0).to(tl.float32)
+                of_expert = bias + expert.to(tl.int64) * out_features
+                gate += tl.load(of_expert + gate_row, n < count, 0.0).to(tl.float32)
             if KIND == "plain":
                 value = _activation(gate, ACTIVATION)
             else:
                 up_row = 2 * row + 1 if KIND == "clamped-swiglu" else row + width
                 up = tl.load(to[None, :] + up_row, (n < count) & there, 0.0)
                 if bias is not None:
-                    up += tl.load(of_matrix + up_row, n < count, 0.0).to(tl.float32)
+                    up += tl.load(of_expert + up_row, n < count, 0.0).to(tl.float32)
                 if KIND == "glu":
                     value = _activation(gate, ACTIVATION) * up
                 else:
@@ -106,15 +113,18 @@ def _up(
 
 @triton.jit
 def _down(
-    y, d, h, items, order, operands, bias, index, weights, unadded, places, experts, out_features, columns, top_k,
+    y, d, h, items, order, own, operands, bias, index, weights, unadded, places, experts, out_features, columns, top_k,
     MULTIPLY: tl.constexpr, SHAPE: tl.constexpr, TOKENS: tl.constexpr, ITEMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y `[tokens, out_features]` of h; d `[tokens * top_k, out_features]`, float32, is between.
 
-    `unadded` `[tokens, blocks of BLOCK columns]` counts the columns of a token's experts that are in d.
+    `unadded` `[tokens, blocks of BLOCK columns]` counts the columns of a token's experts that are in d. `own` as above.
     """
     number = tl.program_id(0)
     matrix, place, tokens = item(number, items, places, experts, TOKENS, ITEMS)
+    if own is not None:
+        matrix = tl.load(own + matrix)
+        tokens = tl.where(matrix < 0, 0, tokens)
     if tokens > 0:
         t = tl.arange(0, TOKENS)
         there = t < tokens
@@ -155,12 +165,24 @@ def _down(
             block += 1
 
 
+class Member(NamedTuple):
+    """Matrices of one format.
+
+    Attributes:
+        plan: for (halves, TOKENS).
+        own: int32 `[experts]`, see `_up`; None: every expert has one.
+    """
+
+    plan: Callable[[int, int], Plan]
+    own: Tensor | None = None
+
+
 def experts(
     hidden: Tensor,
     index: Tensor,
     weights: Tensor,
-    up: Callable[[int, int], Plan],
-    down: Callable[[int, int], Plan],
+    up: Sequence[Member],
+    down: Sequence[Member],
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     num_experts: int,
@@ -168,7 +190,7 @@ def experts(
     gate: str,
     gate_arguments: list[float],
 ) -> Tensor:
-    """See `nn.experts_forward`; `gate` is a name of `nn.GATES`, `up` and `down` give plans for (halves, TOKENS)."""
+    """See `nn.experts_forward`; `gate` is a name of `nn.GATES`."""
     tokens, top_k = index.shape
     kind, _, activation = gate.partition(":")
     width = features[0] if kind == "plain" else features[0] // 2
@@ -178,33 +200,42 @@ def experts(
     places, index, weights = tokens * top_k, index.contiguous(), weights.contiguous()
     up_bias, down_bias = (bias if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     at_once = 1 if tokens == 1 else min(_triton_items.tokens_at_once(places, num_experts), _power(tokens))
-    first, second = up(2 if kind == "glu" else 1, at_once), down(1, at_once)
-    x = rotated_input(hidden) if first.rotated else hidden
+    first = [(member.plan(2 if kind == "glu" else 1, at_once), member.own) for member in up]
+    second = [(member.plan(1, at_once), member.own) for member in down]
     if tokens == 1:
         items, order, count, mode = index, None, places, ONE_TOKEN
-        x = x.contiguous()
     else:
         order, starts = _triton_items.sort(index.view(-1), num_experts)
         items = _triton_items.cut(starts, places, at_once)
         count, mode = items.shape[0], TABLE
-        x = _triton_items.pack(x, items, places, num_experts, at_once, order, top_k)
+
+    def given(rotated: bool) -> Tensor:
+        x = rotated_input(hidden) if rotated else hidden
+        if tokens == 1:
+            return x.contiguous()
+        return _triton_items.pack(x, items, places, num_experts, at_once, order, top_k)
+
     f32 = {"dtype": torch.float32, "device": hidden.device}
     h, u = torch.empty(count, width, at_once, **f32), torch.empty(places, features[0], **f32)
     d = torch.empty(places, features[1], **f32)
     unadded = torch.empty(tokens, triton.cdiv(features[1], COLUMNS), dtype=torch.int32, device=hidden.device)
     alpha, limit = gate_arguments if gate_arguments else (0.0, 0.0)
-    _up[(count, first.blocks)](
-        h, u, x, items, first.operands, up_bias, unadded, places, num_experts, features[0], hidden.shape[1],
-        unadded.numel(), alpha, limit, MULTIPLY=first.multiply, SHAPE=first.shape, TOKENS=at_once, ITEMS=mode,
-        KIND=kind, ACTIVATION=activation, BLOCK=32, num_warps=first.num_warps,
-    )  # fmt: skip
-    if second.rotated:
-        h = rotated_input(h.mT.reshape(-1, width)).view(count, at_once, width).mT.contiguous()
-    _down[(count, second.blocks)](
-        y, d, h, items, order, second.operands, down_bias, index, weights, unadded, places, num_experts, features[1],
-        width, top_k, MULTIPLY=second.multiply, SHAPE=second.shape, TOKENS=at_once, ITEMS=mode, BLOCK=COLUMNS,
-        num_warps=second.num_warps,
-    )  # fmt: skip
+    x = {rotated: given(rotated) for rotated in {plan.rotated for plan, _ in first}}
+    for plan, own in first:
+        _up[(count, plan.blocks)](
+            h, u, x[plan.rotated], items, own, plan.operands, up_bias, unadded, places, num_experts, features[0],
+            hidden.shape[1], unadded.numel(), alpha, limit, MULTIPLY=plan.multiply, SHAPE=plan.shape, TOKENS=at_once,
+            ITEMS=mode, KIND=kind, ACTIVATION=activation, BLOCK=32, num_warps=plan.num_warps,
+        )  # fmt: skip
+    inner = {False: h}
+    if any(plan.rotated for plan, _ in second):
+        inner[True] = rotated_input(h.mT.reshape(-1, width)).view(count, at_once, width).mT.contiguous()
+    for plan, own in second:
+        _down[(count, plan.blocks)](
+            y, d, inner[plan.rotated], items, order, own, plan.operands, down_bias, index, weights, unadded, places,
+            num_experts, features[1], width, top_k, MULTIPLY=plan.multiply, SHAPE=plan.shape, TOKENS=at_once,
+            ITEMS=mode, BLOCK=COLUMNS, num_warps=plan.num_warps,
+        )  # fmt: skip
     return y
 
 

@@ -158,9 +158,12 @@ def pack(
 class Plan(NamedTuple):
     """How a stack of matrices is multiplied with up to so many tokens at once.
 
+    A format's module offers `plan(codec, tensors, out_features, dtype, halves, tokens)`: with the operands of its
+    `runtime`, the dtype of the layer's input, HALVES and TOKENS.
+
     Attributes:
         multiply: the format's, see above.
-        decode: the format's, see `_triton_dense.py`.
+        decode: the format's, see `_triton_dense.py`; None: it has another way for many tokens.
         operands: for both.
         blocks: of the rows of one matrix, or of each of its halves: the most there are.
         rows: of a block, the most there are.
@@ -173,6 +176,6 @@ class Plan(NamedTuple):
     operands: tuple[Tensor | int, ...]
     blocks: int
     rows: int
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     num_warps: int
     rotated: bool = False

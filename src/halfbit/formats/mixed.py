@@ -98,27 +98,35 @@ class Mixed:
         return member.codec.part(member, which[:number].count(own), which.count(own))
 
     def runtime(self, packed: Packed) -> list[Tensor]:
-        """[plan, operands of codec 0, operands of codec 1, ...]; plan int64 [codecs + matrices]: how many operands each
-        codec has, then the codec of each matrix."""
+        """[own, extent, operands of codec 0, operands of codec 1, ...]; own int32 [codecs, matrices]: the
+        number of each matrix among those of a codec, or -1; extent: empty [0, how many operands each codec has]."""
         operands = []
         for n, member in enumerate(self.members(packed)):
             with _naming(n):
                 operands.append(member.codec.runtime(member))
-        which = packed.tensors["which"].to(torch.int64)
-        lengths = torch.tensor([len(own) for own in operands], device=which.device)
-        return [torch.cat([lengths, which]), *(t for own in operands for t in own)]
+        members = packed.tensors["which"] == torch.arange(len(operands), device=packed.tensors["which"].device)[:, None]
+        own = torch.where(members, members.cumsum(1) - 1, -1).to(torch.int32)
+        extent = torch.empty(0, *map(len, operands), device=own.device)
+        return [own, extent, *(t for of_codec in operands for t in of_codec)]
+
+    def separated(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        """Of the tensors of `runtime`, the operands of each codec."""
+        found, rest = [], tensors[2:]
+        for length in tensors[1].shape[1:]:
+            found.append(rest[:length])
+            rest = rest[length:]
+        return found
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-        plan, *rest = tensors
-        numbers, bounds = plan.tolist(), starts.tolist()
-        lengths, which = numbers[: len(self.codecs)], numbers[len(self.codecs) :]
+        operands, bounds = self.separated(tensors), starts.tolist()
+        which = (tensors[0] >= 0).to(torch.uint8).argmax(0).tolist()
         if len(bounds) != len(which) + 1 or bounds[0] != 0 or bounds[-1] != x.shape[0] or bounds != sorted(bounds):
             raise ValueError(
                 f"starts must rise from 0 to the number of tokens, {x.shape[0]}, one group for each of {len(which)} "
                 f"matrices, got {len(bounds) - 1} groups from {bounds[0]} to {bounds[-1]}"
             )
         # of each codec: its own starts, and the tokens that are its own, neighbours as one slice
-        own_starts, own_tokens = [[0] for _ in lengths], [[] for _ in lengths]
+        own_starts, own_tokens = [[0] for _ in operands], [[] for _ in operands]
         for n, (start, stop) in zip(which, pairwise(bounds), strict=True):
             own_starts[n].append(own_starts[n][-1] + stop - start)
             slices = own_tokens[n]
@@ -127,8 +135,7 @@ class Mixed:
             elif stop > start:
                 slices.append(slice(start, stop))
         y = x.new_empty(x.shape[0], out_features)
-        for codec, length, begins, slices in zip(self.codecs, lengths, own_starts, own_tokens, strict=True):
-            own, rest = rest[:length], rest[length:]
+        for codec, own, begins, slices in zip(self.codecs, operands, own_starts, own_tokens, strict=True):
             if not slices:
                 continue
             tokens = x[slices[0]] if len(slices) == 1 else torch.cat([x[s] for s in slices])

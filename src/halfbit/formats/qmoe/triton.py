@@ -136,8 +136,10 @@ def decode(to, operands, matrix, out_features, columns, block, SHAPE: tl.constex
     return first, count
 
 
-def plan(tensors: list[Tensor], out_features: int, halves: int, tokens: int) -> Plan:
-    """See `_triton_items.Plan`."""
+def plan(
+    _codec: object, tensors: list[Tensor], out_features: int, _dtype: torch.dtype, halves: int, tokens: int
+) -> Plan:
+    """See `_triton_items.Plan`; sums are float32 whatever the layer's dtype."""
     *operands, shape = tensors
     # an interpreted program takes as long with many rows
     rows = 16 if INTERPRETED or tokens > MOST_TOKENS else 4 if tokens <= 4 else 2
@@ -151,7 +153,9 @@ def plan(tensors: list[Tensor], out_features: int, halves: int, tokens: int) -> 
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; tensors are those of `runtime`."""
     check_input(x, tensors[-1].shape[1], "qmoe/triton")
-    return _triton_product.product(x, starts, out_features, lambda tokens: plan(tensors, out_features, 1, tokens))
+    return _triton_product.product(
+        x, starts, out_features, lambda tokens: plan(None, tensors, out_features, x.dtype, 1, tokens)
+    )
 
 
 def runtime(codewords: Tensor, row_offsets: Tensor, levels: Tensor, entries: Tensor, columns: int) -> list[Tensor]:

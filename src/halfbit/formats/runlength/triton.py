@@ -202,13 +202,15 @@ def decode(to, operands, matrix, out_features, columns, block, SHAPE: tl.constex
     return first, count
 
 
-def plan(tensors: list[Tensor], out_features: int, halves: int, tokens: int) -> Plan:
-    """See `_triton_items.Plan`."""
+def plan(
+    _codec: object, tensors: list[Tensor], out_features: int, _dtype: torch.dtype, halves: int, tokens: int
+) -> Plan:
+    """See `_triton_items.Plan`; sums are float32 whatever the layer's dtype."""
     stream, tiles, exponents, levels, entries, signs, tallest = tensors
     _, bands, segments, _ = tiles.shape
     abreast = triton.next_power_of_2(segments)
     default = {"STEPS": 1 if INTERPRETED else 8, "num_warps": min(16, abreast * halves)}
-    found = launch("runlength", [out_features, tokens], default, stream.device)
+    found = launch("runlength", [out_features, tallest.shape[1], tokens], default, stream.device)
     operands = stream, tiles, exponents, levels, entries, bands, segments
     shape = abreast, found["STEPS"]
     blocks, rows = triton.cdiv(bands, halves), min(LANES * tallest.shape[2], out_features)
@@ -218,7 +220,9 @@ def plan(tensors: list[Tensor], out_features: int, halves: int, tokens: int) -> 
 def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
     """See `Codec.product`; tensors are those of `runtime`."""
     check_input(x, tensors[-1].shape[1], "runlength/triton")
-    return _triton_product.product(x, starts, out_features, lambda tokens: plan(tensors, out_features, 1, tokens))
+    return _triton_product.product(
+        x, starts, out_features, lambda tokens: plan(None, tensors, out_features, x.dtype, 1, tokens)
+    )
 
 
 def runtime(

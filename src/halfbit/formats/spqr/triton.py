@@ -1,4 +1,4 @@
-"""SpQR on a GPU by Triton: operands, product and lookup. The kernels are those of `_grid_triton.py`.
+"""SpQR on a GPU by Triton: operands, products and lookup. The kernels are those of `_grid_triton.py`.
 
 Codes are read as they are stored; only a matrix of ragged shape is copied, to whole tiles and blocks. Scale and zero of
 a group become one number of 8, 16 or 32 bits, so that a thread finds both in one load: at 3 bits each and groups of 16
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from halfbit.formats import _grid_triton as grid
-from halfbit.formats.spqr import reference, tiled
+from halfbit.formats._triton_items import Plan
+from halfbit.formats.spqr import SpQR, reference, tiled
 from halfbit.formats.spqr.reference import Form
 from halfbit.formats.spqr.tiled import BLOCK, TILE
 
@@ -56,6 +57,11 @@ def product(x: Tensor, starts: Tensor, tensors: list[Tensor], form: Form) -> Ten
 def lookup(which: Tensor, tensors: list[Tensor], form: Form) -> Tensor:
     """See `reference.lookup`."""
     return grid.lookup(which, tensors, _form(form))
+
+
+def plan(codec: SpQR, tensors: list[Tensor], out_features: int, dtype: torch.dtype, halves: int, tokens: int) -> Plan:
+    """See `_triton_items.Plan`."""
+    return grid.plan(tensors, _form(codec.form), out_features, dtype, halves, tokens)
 
 
 def _form(form: Form) -> grid.Form:
