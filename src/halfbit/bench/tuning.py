@@ -104,15 +104,19 @@ def products(
 def _held(
     codec: Codec, shapes: list[tuple[int, int]], experts: int, of: Statistics, where: torch.device
 ) -> list[list[list[Tensor]]]:
-    """Operands of stacks of these shapes, in memory of their own as often as calls take turns."""
-    found, nbytes = [], 0
+    """Operands of stacks of these shapes, once for each turn: weights in memory of their own, tables shared."""
+    stacks = []
     for rows, columns in shapes:
         one = matrices.packed(codec, rows, columns, of)
-        whole = formats.stack([one] * experts) if experts > 1 else one
-        nbytes += whole.nbytes
-        found.append(Packed(codec, whole.shape, {name: t.to(where) for name, t in whole.tensors.items()}))
-    turns = 1 if INTERPRETED else max(2, min(MOST_TURNS, TURNS_BYTES // nbytes))
-    return [[[t.clone() for t in codec.runtime(packed)] for packed in found] for _ in range(turns)]
+        stacks.append(formats.stack([one] * experts) if experts > 1 else one)
+    turns = 1 if INTERPRETED else max(2, min(MOST_TURNS, TURNS_BYTES // sum(packed.nbytes for packed in stacks)))
+
+    def moved(packed: Packed) -> list[Tensor]:
+        return codec.runtime(
+            Packed(codec, packed.shape, {n: t.to(where, copy=True) for n, t in packed.tensors.items()})
+        )
+
+    return [[moved(packed) for packed in stacks] for _ in range(turns)]
 
 
 def _layer(
