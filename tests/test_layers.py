@@ -27,6 +27,7 @@ LAYERS = (
     {"plan_time", "expert_pipeline", "cluster"},
     {"compress", "folder", "importers", "repack"},
     {"hf", "search", "plan"},
+    {"commands"},
     {"__init__", "cli"},
 )
 # packages whose members are found through the registry, which imports them by name when asked
