@@ -7,10 +7,11 @@
 //   if (state < 256) state = 256 * state + next byte of the tile, lanes in their order
 //
 // Some steps are decoded into a buffer of places and signs, and then each lane goes through its part of it. AVX-512 with byte
-// permutations (VBMI, VBMI2: Ice Lake, Zen 4) decodes a step in registers: the table is eight vectors of bytes, and an
+// permutations (VBMI, VBMI2: Ice Lake, Zen 4) decodes a step in registers: the table is six or eight vectors of bytes, and an
 // expansion hands the next bytes to the lanes that need one. x is not gathered by vector instructions: single loads are no
 // slower (Ice Lake: 22 cycles for 16 against 30). For several tokens x is laid out column by column, and one non-zero
-// multiplies up to 32 of them at once.
+// multiplies up to 32 of them at once. One token is added up in whole numbers of 64 bits, which is exact, and which leaves
+// the vector units to decoding.
 //
 // No memory but the operands is touched whatever the bytes say: a tile that wants more bytes than it has, or does not end
 // with every lane in the state in which encoding began, raises. x must be finite.
@@ -26,6 +27,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -111,19 +113,23 @@ struct Tile {
 };
 
 // One class: the entries of its slots, and the same in bytes. A slot has its symbol, 2 g + (0 minus, 1 plus), the skip's is
-// 127; a symbol has its slots and its first slot.
+// 63 or 127; a symbol has its slots and its first slot.
 struct Table {
     alignas(64) uint32_t entries[256];
     alignas(64) uint8_t symbol[256], slots_of[128] = {}, first[128] = {};
     int64_t gaps = 1;  // weights of the skip
+    uint8_t skip = 127;
+
+    bool narrow() const { return skip == 63; }
 
     explicit Table(const int32_t *from) {
         std::memcpy(entries, from, sizeof entries);
+        if (std::none_of(entries, entries + 256, [](uint32_t e) { return weights(e) > 31 || slots(e) > 127; })) skip = 63;
         for (uint32_t slot = 0; slot < 256; ++slot) {
             const uint32_t entry = entries[slot];
             if (weights(entry) == 0 || weights(entry) > 63 || code(entry) > 2 || number(entry) > slot)
                 throw std::invalid_argument("these are not the tables of runlength");
-            symbol[slot] = static_cast<uint8_t>(code(entry) ? 2 * (weights(entry) - 1) + code(entry) - 1 : 127);
+            symbol[slot] = code(entry) ? static_cast<uint8_t>(2 * (weights(entry) - 1) + code(entry) - 1) : skip;
             slots_of[symbol[slot]] = static_cast<uint8_t>(slots(entry));
             first[symbol[slot]] = static_cast<uint8_t>(slot - number(entry));
             if (!code(entry)) gaps = weights(entry);
@@ -221,10 +227,14 @@ struct Job {
 //   levels [rows, 2]: the values of codes 1 and 2;  x [1 + columns of the tile, W], zeros first;  columns: of the matrix
 using Multiply = void (*)(const Steps &, const Tile &, const float *levels, const float *x, int64_t columns, float *sums);
 
+// Two tiles whole, whose lanes are parts of rows, with one token, added to sums [2, 32].
+//   x [1 + columns of the tiles, 2]: zeros, then each column's number, negative and as it is
+using Add = void (*)(Job *, const int64_t *x, int64_t *sums);
+
 // What one kind of instructions offers.
 struct Kernels {
     void (*next)(Job *, int count);  // decodes the next steps of one or two tiles; none of those that have no more
-    Multiply add;                    // one token, opposite levels, a row to a lane
+    Add add;
     std::vector<std::pair<int64_t, Multiply>> multiply;  // by rising number of tokens
 };
 
@@ -237,6 +247,15 @@ struct Vector<1> {
     using type = float;
 };
 
+// Nothing is known of the number behind this.
+template <class T>
+inline void apart(T &number) {
+#ifdef __GNUC__
+    asm("" : "+r"(number));
+#else
+    static_cast<void>(number);
+#endif
+}
 
 namespace portable {
 #include "steps.h"
@@ -255,7 +274,7 @@ HALFBIT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,f
 namespace avx512 {
 #include "steps.h"
 #include "vbmi.h"
-Kernels kernels() { return {next_in_registers, add, multiplications()}; }
+Kernels kernels() { return {next_in_registers, add_in_registers, multiplications()}; }
 }  // namespace avx512
 HALFBIT_TARGET_END
 #endif
@@ -294,7 +313,7 @@ void symbols_of(const uint8_t *line, int64_t length, const Table &table, std::ve
     out.clear();
     int64_t begin = 0;  // behind the last non-zero
     const auto upto = [&](int64_t place) {
-        for (; place - begin >= table.gaps; begin += table.gaps) out.push_back(127);
+        for (; place - begin >= table.gaps; begin += table.gaps) out.push_back(table.skip);
     };
     for (int64_t first = 0; first < length; first += 8) {
         uint64_t eight = 0;
@@ -311,7 +330,7 @@ void symbols_of(const uint8_t *line, int64_t length, const Table &table, std::ve
     upto(length);
     if (begin == length) return;
     const int64_t by_gap = 2 * (length - begin);
-    out.push_back(static_cast<uint8_t>(table.slots_of[by_gap] > table.slots_of[127] ? by_gap : 127));
+    out.push_back(static_cast<uint8_t>(table.slots_of[by_gap] > table.slots_of[table.skip] ? by_gap : table.skip));
 }
 
 // One tile, from its end to its beginning.
@@ -446,13 +465,35 @@ void decode(Array<const uint8_t, 1> bytes, Array<const int64_t, 1> offsets, Arra
 // Tokens that go through a matrix together.
 struct Pass {
     int64_t matrix, first, tokens;
-    int64_t lanes;  // numbers of a column in x: tokens and zeros, or one token twice
-    bool add;       // x is there twice, negative and as it is
-    Multiply multiply;
-    Floats x;  // of each segment [1 + columns, lanes], zeros first
+    int64_t lanes;      // numbers of a column in x: tokens and zeros
+    Multiply multiply;  // null: one token is added up
+    Floats x;           // of each segment [1 + columns, lanes], zeros first
+    std::vector<int64_t> whole;  // the same of one token that is added up, [1 + columns, 2]: negative and as it is
+    int exponent;                // of two: what a one of `whole` stands for
 };
 
+// Sums of `columns` numbers fit 64 bits, and the greatest of x keeps 47 or more of them for up to 32768 columns.
+void pack_whole(Pass &pass, const float *x, const Cut &cut) {
+    const int64_t columns = cut.columns;
+    x += pass.first * columns;
+    float most = 0;
+    for (int64_t c = 0; c < columns; ++c) most = std::max(most, std::abs(x[c]));
+    int of_most = 0;
+    std::frexp(most, &of_most);
+    pass.exponent = of_most + static_cast<int>(std::ceil(std::log2(columns))) - 62;
+    const double scale = std::ldexp(1.0, -pass.exponent);
+    pass.whole.assign(2 * (columns + cut.segments), 0);
+    for (int64_t segment = 0; segment < cut.segments; ++segment) {
+        int64_t *to = pass.whole.data() + 2 * (segment + 1);
+        for (int64_t c = segment * cut.width; c < std::min((segment + 1) * cut.width, columns); ++c) {
+            const int64_t number = static_cast<int64_t>(x[c] * scale);
+            to[2 * c] = -number, to[2 * c + 1] = number;
+        }
+    }
+}
+
 void pack(Pass &pass, const float *x, const Cut &cut) {
+    if (!pass.multiply) return pack_whole(pass, x, cut);
     const int64_t lanes = pass.lanes, columns = cut.columns;
     pass.x = floats((columns + cut.segments) * lanes);
     x += pass.first * columns;
@@ -461,10 +502,6 @@ void pack(Pass &pass, const float *x, const Cut &cut) {
         float *to = pass.x.get() + (begin + segment) * lanes;
         std::fill_n(to, lanes, 0.0f);
         to += lanes - begin * lanes;
-        if (pass.add) {
-            for (int64_t c = begin; c < end; ++c) to[2 * c] = -x[c], to[2 * c + 1] = x[c];
-            continue;
-        }
         // 16 columns at a time, so that both sides stay in whole cache lines
         for (int64_t first = begin; first < end; first += 16)
             for (int64_t t = 0; t < lanes; ++t)
@@ -509,8 +546,10 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
             auto fitting = available.multiply.begin();
             while (fitting->first < left && fitting + 1 != available.multiply.end()) ++fitting;
             const int64_t taken = std::min(left, fitting->first);
-            const bool add = taken == 1 && opposite;
-            passes.push_back({g, first, taken, add ? 2 : fitting->first, add, add ? available.add : fitting->second, nullptr});
+            // numbers that are none are multiplied, so that they come out as what they are
+            const float *token = x.data() + first * columns;
+            const bool add = taken == 1 && opposite && std::all_of(token, token + columns, [](float v) { return std::isfinite(v); });
+            passes.push_back({g, first, taken, fitting->first, add ? nullptr : fitting->second, nullptr, {}, 0});
             first += taken;
             work += offsets.data()[tiles[g + 1]] - offsets.data()[tiles[g]];
             for (int64_t band = 0; band < cut.bands; band += 2) items.emplace_back(passes.size() - 1, band);
@@ -536,24 +575,39 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         const Pass &pass = passes[number];
         const Cut cut(out, columns, exponents.data()[pass.matrix]);
         const int count = band + 1 < cut.bands ? 2 : 1;
-        const int64_t height = lanes_of_tile * cut.height, width = pass.add ? 1 : pass.lanes;
+        const int64_t height = lanes_of_tile * cut.height, width = pass.lanes;
         const int64_t top = band * height, bottom = std::min(top + count * height, out);
         const float *level = levels.data() + 2 * (pass.matrix * out + top);
-        // as many as the tiles have lanes, also where the matrix ends before
-        const Floats of_rows = floats(2 * count * height), sums = floats(count * height * width);
-        std::fill(std::copy_n(level, 2 * (bottom - top), of_rows.get()), of_rows.get() + 2 * count * height, 0.0f);
-        std::fill_n(sums.get(), count * height * width, 0.0f);
-        for (int64_t segment = 0; segment < cut.segments; ++segment) {
+        const auto jobs_of = [&](int64_t segment) {
             const auto job = [&](int64_t i) {
                 const int64_t tile = (band + i) * cut.segments + segment, number = tiles[pass.matrix] + tile;
                 const int64_t following = number + 1 + (segment + 1 < cut.segments ? 0 : cut.segments);
                 return Job(from, number, Tile(cut, tile), following);
             };
             // the second one stands for nothing where there is one band
-            Job jobs[2] = {job(0), job(count - 1)};
+            return std::array<Job, 2>{job(0), job(count - 1)};
+        };
+        if (!pass.multiply) {
+            int64_t sums[2 * lanes_of_tile] = {};
+            for (int64_t segment = 0; segment < cut.segments; ++segment) {
+                std::array<Job, 2> jobs = jobs_of(segment);
+                available.add(jobs.data(), pass.whole.data() + 2 * segment * (cut.width + 1), sums);
+                for (int i = 0; i < count; ++i) jobs[i].states.end(jobs[i].bytes);
+            }
+            for (int64_t row = top; row < bottom; ++row)
+                y.data()[pass.first * out + row] = static_cast<float>(
+                    std::ldexp(static_cast<double>(sums[row - top]), pass.exponent) * level[2 * (row - top) + 1]);
+            return;
+        }
+        // as many as the tiles have lanes, also where the matrix ends before
+        const Floats of_rows = floats(2 * count * height), sums = floats(count * height * width);
+        std::fill(std::copy_n(level, 2 * (bottom - top), of_rows.get()), of_rows.get() + 2 * count * height, 0.0f);
+        std::fill_n(sums.get(), count * height * width, 0.0f);
+        for (int64_t segment = 0; segment < cut.segments; ++segment) {
+            std::array<Job, 2> jobs = jobs_of(segment);
             const float *inputs = pass.x.get() + (jobs[0].tile.first_column + segment) * pass.lanes;
             while (jobs[0].more || (count == 2 && jobs[1].more)) {
-                available.next(jobs, count);
+                available.next(jobs.data(), count);
                 for (int i = 0; i < count; ++i)
                     pass.multiply(jobs[i].steps, jobs[i].tile, of_rows.get() + 2 * i * height, inputs, columns,
                                   sums.get() + i * height * width);

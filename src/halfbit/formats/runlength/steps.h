@@ -89,21 +89,33 @@ void multiply(const Steps &steps, const Tile &tile, const float *levels, const f
     else multiply_rows<W>(steps, tile, levels, x, columns, sums);
 }
 
-// As `Multiply` with one token, where a lane is a part of a row and code 1 stands for the negative of code 2: x [columns, 2],
-// negative and as it is. Two instructions for a non-zero.
-inline void add(const Steps &steps, const Tile &tile, const float *levels, const float *x, int64_t, float *sums) {
-    constexpr int abreast = 8;
-    for (int lane = 0; lane < tile.lanes; lane += abreast) {
-        float sum[abreast] = {};
-        for (int64_t step = 0; step < steps.count; ++step)
-            for (int i = 0; i < abreast; i += 2) {
-                // two places by one load, since loads are what it waits for
-                uint32_t two;
-                std::memcpy(&two, steps.index + step * lanes_of_tile + lane + i, sizeof two);
-                sum[i] += x[two & 0xffff], sum[i + 1] += x[two >> 16];
-            }
-        for (int i = 0; i < std::min(abreast, tile.lanes - lane); ++i) sums[lane + i] += levels[2 * (lane + i) + 1] * sum[i];
+// Some steps of four lanes beside each other. Places are fetched by one load, since loads are what it waits for.
+template <int Steps>
+[[gnu::always_inline]] inline void add_four(const uint16_t *index, const int64_t *x, int64_t *sums) {
+    int64_t sum[4] = {sums[0], sums[1], sums[2], sums[3]};
+    for (int step = 0; step < Steps; ++step, index += lanes_of_tile) {
+        uint64_t four;
+        std::memcpy(&four, index, sizeof four);
+        for (int i = 0; i < 4; ++i) {
+            sum[i] += x[four & 0xffff];
+            four >>= 16;
+            // numbers one by one, in registers: collecting them in vectors takes longer than adding them
+            apart(sum[i]), apart(four);
+        }
     }
+    for (int i = 0; i < 4; ++i) sums[i] = sum[i];
+}
+
+// As `Add`.
+inline void add(Job *jobs, const int64_t *x, int64_t *sums) {
+    for (int i = 0; i < 2; ++i)
+        while (jobs[i].more) {
+            next(jobs[i]);
+            Steps &steps = jobs[i].steps;
+            std::fill(steps.index + steps.count * lanes_of_tile, steps.index + steps_at_once * lanes_of_tile, uint16_t{0});
+            for (int lane = 0; lane < lanes_of_tile; lane += 4)
+                add_four<steps_at_once>(steps.index + lane, x, sums + i * lanes_of_tile + lane);
+        }
 }
 
 inline std::vector<std::pair<int64_t, Multiply>> multiplications() {
