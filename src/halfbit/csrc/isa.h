@@ -19,6 +19,13 @@
 #define HALFBIT_TARGET_END HALFBIT_PRAGMA(GCC pop_options)
 #endif
 
+// Before a loop: `count` rounds without a jump between them.
+#ifdef __clang__
+#define HALFBIT_UNROLL(count) HALFBIT_PRAGMA(unroll count)
+#else
+#define HALFBIT_UNROLL(count) HALFBIT_PRAGMA(GCC unroll count)
+#endif
+
 namespace halfbit {
 
 // Ordered: a CPU that has one has all before it.

@@ -61,7 +61,7 @@ namespace {
 constexpr int lanes_of_tile = 32;
 constexpr uint32_t lowest = 256;      // of a state between two symbols; where encoding begins and decoding ends
 constexpr int64_t steps_at_once = 64;  // decoded into a buffer before their products are taken
-constexpr int64_t spare = 64;          // bytes that may be read behind a tile
+constexpr int64_t spare = 17 * 32;     // bytes that may be read behind a tile: sixteen steps of it, and a vector
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -235,6 +235,8 @@ using Add = void (*)(Job *, const int64_t *x, int64_t *sums);
 struct Kernels {
     void (*next)(Job *, int count);  // decodes the next steps of one or two tiles; none of those that have no more
     Add add;
+    float (*most)(const float *, int64_t count);  // the greatest magnitude, not finite if one is not
+    void (*whole)(const float *, double scale, int64_t count, int64_t *to);  // [count, 2]: of each number -n and n
     std::vector<std::pair<int64_t, Multiply>> multiply;  // by rising number of tokens
 };
 
@@ -259,14 +261,14 @@ inline void apart(T &number) {
 
 namespace portable {
 #include "steps.h"
-Kernels kernels() { return {next, add, multiplications()}; }
+Kernels kernels() { return {next, add, most, whole, multiplications()}; }
 }  // namespace portable
 
 #ifdef HALFBIT_X86
 HALFBIT_TARGET("avx2,fma,bmi,bmi2")
 namespace avx2 {
 #include "steps.h"
-Kernels kernels() { return {next, add, multiplications()}; }
+Kernels kernels() { return {next, add, most, whole, multiplications()}; }
 }  // namespace avx2
 HALFBIT_TARGET_END
 
@@ -274,7 +276,7 @@ HALFBIT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,f
 namespace avx512 {
 #include "steps.h"
 #include "vbmi.h"
-Kernels kernels() { return {next_in_registers, add_in_registers, multiplications()}; }
+Kernels kernels() { return {next_in_registers, add_in_registers, most, whole, multiplications()}; }
 }  // namespace avx512
 HALFBIT_TARGET_END
 #endif
@@ -465,38 +467,39 @@ void decode(Array<const uint8_t, 1> bytes, Array<const int64_t, 1> offsets, Arra
 // Tokens that go through a matrix together.
 struct Pass {
     int64_t matrix, first, tokens;
-    int64_t lanes;      // numbers of a column in x: tokens and zeros
-    Multiply multiply;  // null: one token is added up
-    Floats x;           // of each segment [1 + columns, lanes], zeros first
-    std::vector<int64_t> whole;  // the same of one token that is added up, [1 + columns, 2]: negative and as it is
-    int exponent;                // of two: what a one of `whole` stands for
+    int64_t lanes;  // numbers of a column in x: tokens and zeros
+    Multiply multiply;
+    bool add;  // one token in whole numbers
+    Floats x;  // of each segment [1 + columns, lanes], zeros first
+    std::unique_ptr<int64_t[]> whole;  // in place of it, [1 + columns, 2]: zeros, then numbers negative and as they are
+    int exponent;                      // of two: what a one of them stands for
 };
 
-// Sums of `columns` numbers fit 64 bits, and the greatest of x keeps 47 or more of them for up to 32768 columns.
-void pack_whole(Pass &pass, const float *x, const Cut &cut) {
-    const int64_t columns = cut.columns;
-    x += pass.first * columns;
-    float most = 0;
-    for (int64_t c = 0; c < columns; ++c) most = std::max(most, std::abs(x[c]));
-    int of_most = 0;
+// Whole numbers of which all columns' sum fits 64 bits; of up to 32768 columns 47 bits for the greatest.
+void pack_whole(Pass &pass, const float *x, float most, const Cut &cut, const Kernels &available) {
+    int of_most = 0, of_columns = 0;
     std::frexp(most, &of_most);
-    pass.exponent = of_most + static_cast<int>(std::ceil(std::log2(columns))) - 62;
-    const double scale = std::ldexp(1.0, -pass.exponent);
-    pass.whole.assign(2 * (columns + cut.segments), 0);
+    std::frexp(static_cast<float>(cut.columns), &of_columns);
+    pass.exponent = of_most + of_columns - 62;
+    pass.whole.reset(new int64_t[2 * (cut.columns + cut.segments)]);
     for (int64_t segment = 0; segment < cut.segments; ++segment) {
-        int64_t *to = pass.whole.data() + 2 * (segment + 1);
-        for (int64_t c = segment * cut.width; c < std::min((segment + 1) * cut.width, columns); ++c) {
-            const int64_t number = static_cast<int64_t>(x[c] * scale);
-            to[2 * c] = -number, to[2 * c + 1] = number;
-        }
+        const int64_t begin = segment * cut.width, end = std::min(begin + cut.width, cut.columns);
+        int64_t *to = pass.whole.get() + 2 * (begin + segment);
+        to[0] = to[1] = 0;
+        available.whole(x + begin, std::ldexp(1.0, -pass.exponent), end - begin, to + 2);
     }
 }
 
-void pack(Pass &pass, const float *x, const Cut &cut) {
-    if (!pass.multiply) return pack_whole(pass, x, cut);
+void pack(Pass &pass, const float *x, const Cut &cut, const Kernels &available) {
+    x += pass.first * cut.columns;
+    if (pass.add) {
+        const float most = available.most(x, cut.columns);
+        // what is no number is multiplied, so that it comes out as what it is
+        pass.add = std::isfinite(most);
+        if (pass.add) return pack_whole(pass, x, most, cut, available);
+    }
     const int64_t lanes = pass.lanes, columns = cut.columns;
     pass.x = floats((columns + cut.segments) * lanes);
-    x += pass.first * columns;
     for (int64_t segment = 0; segment < cut.segments; ++segment) {
         const int64_t begin = segment * cut.width, end = std::min(begin + cut.width, columns);
         float *to = pass.x.get() + (begin + segment) * lanes;
@@ -546,10 +549,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
             auto fitting = available.multiply.begin();
             while (fitting->first < left && fitting + 1 != available.multiply.end()) ++fitting;
             const int64_t taken = std::min(left, fitting->first);
-            // numbers that are none are multiplied, so that they come out as what they are
-            const float *token = x.data() + first * columns;
-            const bool add = taken == 1 && opposite && std::all_of(token, token + columns, [](float v) { return std::isfinite(v); });
-            passes.push_back({g, first, taken, fitting->first, add ? nullptr : fitting->second, nullptr, {}, 0});
+            passes.push_back({g, first, taken, fitting->first, fitting->second, taken == 1 && opposite, nullptr, nullptr, 0});
             first += taken;
             work += offsets.data()[tiles[g + 1]] - offsets.data()[tiles[g]];
             for (int64_t band = 0; band < cut.bands; band += 2) items.emplace_back(passes.size() - 1, band);
@@ -567,7 +567,7 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
         });
     }
     halfbit::parallel(threads, passes.size(), [&](int64_t i) {
-        pack(passes[i], given, Cut(out, columns, exponents.data()[passes[i].matrix]));
+        pack(passes[i], given, Cut(out, columns, exponents.data()[passes[i].matrix]), available);
     });
 
     halfbit::parallel(threads, items.size(), [&](int64_t item) {
@@ -587,11 +587,11 @@ void product(Array<const float, 2> x, Array<const int64_t, 1> starts, Array<cons
             // the second one stands for nothing where there is one band
             return std::array<Job, 2>{job(0), job(count - 1)};
         };
-        if (!pass.multiply) {
+        if (pass.add) {
             int64_t sums[2 * lanes_of_tile] = {};
             for (int64_t segment = 0; segment < cut.segments; ++segment) {
                 std::array<Job, 2> jobs = jobs_of(segment);
-                available.add(jobs.data(), pass.whole.data() + 2 * segment * (cut.width + 1), sums);
+                available.add(jobs.data(), pass.whole.get() + 2 * segment * (cut.width + 1), sums);
                 for (int i = 0; i < count; ++i) jobs[i].states.end(jobs[i].bytes);
             }
             for (int64_t row = top; row < bottom; ++row)

@@ -93,15 +93,19 @@ void multiply(const Steps &steps, const Tile &tile, const float *levels, const f
 template <int Steps>
 [[gnu::always_inline]] inline void add_four(const uint16_t *index, const int64_t *x, int64_t *sums) {
     int64_t sum[4] = {sums[0], sums[1], sums[2], sums[3]};
+HALFBIT_UNROLL(16)
     for (int step = 0; step < Steps; ++step, index += lanes_of_tile) {
         uint64_t four;
         std::memcpy(&four, index, sizeof four);
-        for (int i = 0; i < 4; ++i) {
+HALFBIT_UNROLL(3)
+        for (int i = 0; i < 3; ++i) {
             sum[i] += x[four & 0xffff];
             four >>= 16;
             // numbers one by one, in registers: collecting them in vectors takes longer than adding them
-            apart(sum[i]), apart(four);
+            apart(four), apart(sum[i]);
         }
+        sum[3] += x[four];
+        apart(sum[3]);
     }
     for (int i = 0; i < 4; ++i) sums[i] = sum[i];
 }
@@ -116,6 +120,25 @@ inline void add(Job *jobs, const int64_t *x, int64_t *sums) {
             for (int lane = 0; lane < lanes_of_tile; lane += 4)
                 add_four<steps_at_once>(steps.index + lane, x, sums + i * lanes_of_tile + lane);
         }
+}
+
+inline float most(const float *x, int64_t count) {
+    uint32_t greatest = 0;  // magnitudes are ordered as their bits are
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        greatest = std::max(greatest, bits & 0x7fffffff);
+    }
+    float value;
+    std::memcpy(&value, &greatest, sizeof value);
+    return value;
+}
+
+inline void whole(const float *x, double scale, int64_t count, int64_t *to) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t number = static_cast<int64_t>(static_cast<double>(x[i]) * scale);
+        to[2 * i] = -number, to[2 * i + 1] = number;
+    }
 }
 
 inline std::vector<std::pair<int64_t, Multiply>> multiplications() {

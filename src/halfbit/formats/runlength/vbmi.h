@@ -35,17 +35,22 @@ struct Walk {
         job.more = live != 0;
     }
 
+    // Before some steps, which take at most 32 bytes each: whether there are any left, and what will be read next.
+    template <int Steps>
+    [[gnu::always_inline]] void look(const Job &job) const {
+        static_assert(32 * Steps + 32 <= spare);
+        if (at > job.bytes.end) job.bytes.damaged();
+        for (int byte = 0; byte < 32 * Steps; byte += 64)
+            _mm_prefetch(reinterpret_cast<const char *>(at + job.ahead + byte), _MM_HINT_T0);
+    }
+
     // One step to `index` [32]; of steps whose lanes have no weights left nothing but zeros.
     template <bool Narrow>
-    [[gnu::always_inline]] void step(const Registers<Narrow> &table, const Job &job, uint16_t *index) {
-        if (at > job.bytes.end) job.bytes.damaged();
-        _mm_prefetch(reinterpret_cast<const char *>(at + job.ahead), _MM_HINT_T0);
+    [[gnu::always_inline]] void step(const Registers<Narrow> &table, __m512i spread, uint16_t *index) {
         const __m512i one = _mm512_set1_epi16(1);
-        // the 32 bytes behind `at` may be read: there are `spare` ones
-        const __m512i next = _mm512_slli_epi16(
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))), 8);
-        // bytes that are looked up are the low ones of 16 bits
+        // bytes that are looked up are the low ones of 16 bits, bytes that follow the high ones
         constexpr __mmask64 even = 0x5555555555555555;
+        const __m512i next = _mm512_maskz_permutexvar_epi8(~even, spread, _mm512_loadu_si512(at));
         const __m512i symbol = _mm512_mask_blend_epi8(
             _mm512_movepi8_mask(state), _mm512_maskz_permutex2var_epi8(even, table.symbols[0], state, table.symbols[1]),
             _mm512_maskz_permutex2var_epi8(even, table.symbols[2], state, table.symbols[3]));
@@ -76,16 +81,27 @@ struct Walk {
     }
 };
 
+// Where bytes 0 to 31 go: the high ones of 16 bits.
+inline __m512i spread() {
+    alignas(64) uint8_t numbers[64] = {};
+    for (int i = 0; i < 32; ++i) numbers[2 * i + 1] = static_cast<uint8_t>(i);
+    return _mm512_load_si512(numbers);
+}
+
 template <bool Narrow>
 void next_of(Job *jobs, int count) {
     for (int i = 0; i < count; ++i) jobs[i].steps.count = 0;
-    const auto to = [](Job &job) { return job.steps.index + job.steps.count++ * lanes_of_tile; };
+    const __m512i spread = avx512::spread();
+    const auto step = [&](Walk &walk, const Registers<Narrow> &table, Job &job) {
+        walk.look<1>(job);
+        walk.step(table, spread, job.steps.index + job.steps.count++ * lanes_of_tile);
+    };
     if (count == 2) {
         Walk walks[2] = {Walk(jobs[0]), Walk(jobs[1])};
         const Registers<Narrow> table(*jobs[0].table), other(*jobs[1].table);
-        for (int64_t step = 0; step < steps_at_once && walks[0].live && walks[1].live; ++step) {
-            walks[0].step(table, jobs[0], to(jobs[0]));
-            walks[1].step(other, jobs[1], to(jobs[1]));
+        for (int64_t done = 0; done < steps_at_once && walks[0].live && walks[1].live; ++done) {
+            step(walks[0], table, jobs[0]);
+            step(walks[1], other, jobs[1]);
         }
         for (int i = 0; i < 2; ++i) walks[i].end(jobs[i]);
     }
@@ -93,7 +109,7 @@ void next_of(Job *jobs, int count) {
         if (!jobs[i].more || jobs[i].steps.count == steps_at_once) continue;
         Walk walk(jobs[i]);
         const Registers<Narrow> table(*jobs[i].table);
-        while (jobs[i].steps.count < steps_at_once && walk.live) walk.step(table, jobs[i], to(jobs[i]));
+        while (jobs[i].steps.count < steps_at_once && walk.live) step(walk, table, jobs[i]);
         walk.end(jobs[i]);
     }
 }
@@ -111,12 +127,15 @@ void add_of(Job *jobs, const int64_t *x, int64_t *sums) {
     std::memset(index[1], 0, sizeof index[1]);
     Walk walks[2] = {Walk(jobs[0]), Walk(jobs[1])};
     const Registers<Narrow> table(*jobs[0].table), other(*jobs[1].table);
+    const __m512i spread = avx512::spread();
     int half = 0;
     for (bool more = true; more; half = 1 - half) {
         more = walks[0].live || walks[1].live;
+        walks[0].look<at_once>(jobs[0]);
+        walks[1].look<at_once>(jobs[1]);
         for (int step = 0; step < at_once; ++step) {
-            walks[0].step(table, jobs[0], index[half][0] + step * lanes_of_tile);
-            walks[1].step(other, jobs[1], index[half][1] + step * lanes_of_tile);
+            walks[0].step(table, spread, index[half][0] + step * lanes_of_tile);
+            walks[1].step(other, spread, index[half][1] + step * lanes_of_tile);
             add_four<at_once>(index[1 - half][step / 8] + step % 8 * 4, x, sums + step * 4);
         }
     }
