@@ -129,6 +129,52 @@ def test_groups_take_their_own_tokens_and_have_their_own_lanes(isa: str):
     check_product(x, starts, matrices, [8, 9, 10, 11, 12, 13, 14, 8])
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-20, 1e30, 3e36])
+def test_one_token_of_any_magnitude(isa: str, scale: float):
+    x = torch.randn(1, 2083, generator=torch.Generator().manual_seed(3)).clamp(-3, 3) * scale
+    for first in (1.0, 1e4):  # one number may be far above the others
+        x[0, 0] *= first if scale < 1e30 else 1
+        # few enough that float32 holds the sums
+        check_product(x, torch.tensor([0, 1]), [ternary(40, 2083, 0.99)], [11], opposite=True)
+
+
+def test_one_token_is_summed_to_the_same_numbers_by_any_instructions():
+    codes, lanes = ternary(70, 3000), Lanes(70, 3000, 11)
+    stream, tile_bytes, of_tile = cpu.encode(codes, lanes)
+    k, levels = torch.tensor([11], dtype=torch.uint8), random_levels(70)
+    levels[:, 0] = -levels[:, 1]
+    x, starts = torch.randn(1, 3000, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1])
+    found = []
+    for name in ("portable", "best"):
+        try:
+            set_isa(name)
+            args = stream, offsets_of(tile_bytes), of_tile, k, levels, tables().entries, signs(0), 70
+            found.append(cpu.product(x, starts, *args))
+        finally:
+            set_isa("best")
+    assert torch.equal(*found)
+    exact = x.double() @ reference.values(codes, levels).double().T
+    assert torch.equal(found[0], exact.float()) or float((found[0] - exact).abs().max() / exact.abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("what", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_comes_out_where_it_is_multiplied(isa: str, what: float):
+    codes, lanes = ternary(40, 600), Lanes(40, 600, 10)
+    stream, tile_bytes, of_tile = cpu.encode(codes, lanes)
+    levels = torch.tensor([-0.5, 0.5]).repeat(40, 1)
+    x = torch.ones(1, 600)
+    x[0, 77] = what
+    k, starts = torch.tensor([10], dtype=torch.uint8), torch.tensor([0, 1])
+    y = cpu.product(x, starts, stream, offsets_of(tile_bytes), of_tile, k, levels, tables().entries, signs(0), 40)[0]
+    meets = codes[:, 77] != 0
+    assert 0 < int(meets.sum()) < 40
+    assert torch.equal(y.isfinite(), ~meets)
+    if what == what:
+        assert torch.equal(y[meets].sign(), torch.where(codes[meets, 77] == 2, 1.0, -1.0) * (1 if what > 0 else -1))
+    else:
+        assert y[meets].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32_and_rounded_once(isa: str, dtype: torch.dtype):
     x = torch.randn(5, 1001, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -157,15 +203,16 @@ def test_damaged_bytes_raise_and_never_read_beyond(isa: str):
     stream, tile_bytes, of_tile = cpu.encode(ternary(70, 300), lanes)
     offsets, entries = offsets_of(tile_bytes), tables().entries
     k, levels = torch.tensor([8], dtype=torch.uint8), random_levels(70)
+    opposite = torch.stack([-levels[:, 1], levels[:, 1]], 1)
     random = torch.Generator().manual_seed(4)
     for _ in range(50):
         damaged = stream.clone()
         at = torch.randint(len(stream), (20,), generator=random)
         damaged[at] = torch.randint(256, (20,), generator=random, dtype=torch.uint8)
-        for tokens in (1, 9):
+        for tokens, values in ((1, levels), (9, levels), (1, opposite)):
             x, starts = torch.ones(tokens, 300), torch.tensor([0, tokens])
             with pytest.raises(FormatError, match=r"tile \d+: does not end as it must"):
-                cpu.product(x, starts, damaged, offsets, of_tile, k, levels, entries, signs(0), 70)
+                cpu.product(x, starts, damaged, offsets, of_tile, k, values, entries, signs(0), 70)
         with pytest.raises(FormatError, match=r"tile \d+: does not end as it must"):
             cpu.decode(damaged, offsets, of_tile, entries, lanes)
         with pytest.raises(FormatError, match=r"tile \d+ takes \d+ bytes of"):
