@@ -43,7 +43,8 @@ def ratio(solution: Solution) -> float:
 
 @pytest.mark.parametrize("zeros", [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.886, 0.92, 0.95, 0.97])
 def test_bytes_are_near_the_entropy_with_everything_counted(zeros: float):
-    assert ratio(deadzone(torch.full((1024, 2048), 1 - zeros))) <= 1.035
+    # from 97 % on a row of 2048 is no more than 460 bits, of which a lane's own are 16
+    assert ratio(deadzone(torch.full((1024, 2048), 1 - zeros))) <= (1.035 if zeros <= 0.95 else 1.05)
     assert ratio(deadzone(torch.full((384, 256), 1 - zeros))) <= 1.12
 
 

@@ -50,7 +50,7 @@ namespace {
 
 constexpr int64_t block_columns = 256, tile_rows = 32, tile_blocks = 8;
 constexpr int64_t most_groups = tile_rows * tile_blocks * 64;
-constexpr int64_t spare = 16;           // bytes that may be read behind a tile's patterns and signs
+constexpr int64_t spare = 320;          // bytes that may be read behind a tile's patterns and signs
 constexpr int64_t most_tokens = 4;      // of the kernel with vectors of columns: x of a tile fits the first-level cache
 constexpr int64_t few_tokens = 32;      // of a matrix, for which that kernel is taken
 constexpr int64_t tiny_work = 1 << 20;  // weights times passes that are worth a thread: some 50 microseconds
@@ -119,26 +119,47 @@ int64_t population_portable(const Cut &cut, const Tile &tile, const uint64_t *ma
 HALFBIT_TARGET("avx2,bmi,bmi2,popcnt")
 int64_t population_fast(const Cut &cut, const Tile &tile, const uint64_t *masks) { return population(cut, tile, masks); }
 
-int64_t unpack_fast(const uint8_t *patterns, int64_t groups, const uint8_t *signs, int64_t last_sign, uint8_t *to) {
-    int64_t bit = 0;
-    for (int64_t group = 0; group < groups; group += 8, patterns += 4) {
-        uint32_t eight;
+// On the way through the groups of a tile, eight at a time.
+struct Unpacking {
+    const uint8_t *patterns, *signs;
+    int64_t groups, sign_bytes;
+    uint8_t *to;
+    int64_t number;  // of the tile
+    uint64_t done = 0, bit = 0;  // groups / 8; signs
+
+    [[gnu::always_inline]] inline void put(uint32_t eight) {
         uint64_t some;
-        std::memcpy(&eight, patterns, 4);
-        __builtin_prefetch(patterns + 1024);
-        if (groups - group < 8) eight &= (uint32_t{1} << 4 * (groups - group)) - 1;
-        std::memcpy(&some, signs + std::min(bit >> 3, last_sign), 8);
+        std::memcpy(&some, signs + (bit >> 3), 8);
         const uint64_t ones = _pdep_u64(eight, 0x5555555555555555);
         const uint64_t codes = ones + _pdep_u64(some >> (bit & 7), ones);
-        std::memcpy(to + group, &codes, 8);
-        bit += __builtin_popcount(eight);
+        std::memcpy(to + 8 * done, &codes, 8);
+        bit += static_cast<uint32_t>(__builtin_popcount(eight));
+        ++done;
     }
-    return bit;
-}
+    [[gnu::always_inline]] inline bool whole() const { return done < static_cast<uint64_t>(groups) / 8; }
+    [[gnu::always_inline]] inline void next() {
+        uint32_t eight;
+        std::memcpy(&eight, patterns + 4 * done, 4);
+        put(eight);
+    }
+    // Damaged patterns may want more signs than there are. So this must come at least once in eight blocks of columns.
+    void upto(int64_t wanted) {
+        while (bit <= 8 * static_cast<uint64_t>(sign_bytes) && static_cast<int64_t>(8 * done) < wanted) {
+            if (whole()) {
+                next();
+                continue;
+            }
+            uint32_t eight;
+            std::memcpy(&eight, patterns + 4 * done, 4);
+            put(eight & ((uint32_t{1} << 4 * (groups % 8)) - 1));
+        }
+        if (bit > 8 * static_cast<uint64_t>(sign_bytes)) Stack::damaged(number);
+    }
+};
+
 HALFBIT_TARGET_END
 #else
 constexpr auto population_fast = population_portable;
-constexpr auto unpack_fast = unpack_portable;
 #endif
 
 // Bytes of the groups of one tile, in their order; 64 bytes behind the last may be read.
@@ -148,9 +169,25 @@ struct Groups {
     int64_t count;         // groups
     int64_t weights;       // that are not zero
     const uint8_t *patterns, *signs;  // what they are made of
+    int64_t sign_bytes;
+    int64_t number;  // of the tile
 
     // `masks` are those of the matrix, `number` counts the tiles of all matrices.
     void unpack(const Stack &from, const Cut &cut, const Tile &tile, const uint64_t *masks, int64_t number) {
+        open(from, cut, tile, masks, number);
+#ifdef HALFBIT_X86
+        if (halfbit::active_isa >= Isa::avx2) {
+            Unpacking unpacking{patterns, signs, count, sign_bytes, bytes, number};
+            unpacking.upto(count);
+            return close(static_cast<int64_t>(unpacking.bit));
+        }
+#endif
+        close(unpack_portable(patterns, count, signs, sign_bytes, bytes));
+    }
+
+    // What comes before the groups are unpacked, and, told how many signs they took, behind it.
+    void open(const Stack &from, const Cut &cut, const Tile &tile, const uint64_t *masks, int64_t index) {
+        number = index;
         const bool fast = halfbit::active_isa >= Isa::avx2;
         const int64_t begin = from.pattern_offsets[number], end = from.pattern_offsets[number + 1];
         const int64_t first = from.sign_offsets[number], last = from.sign_offsets[number + 1];
@@ -162,8 +199,11 @@ struct Groups {
         // room behind the ends of the tensors
         if (end + spare > from.pattern_count) std::memcpy(copies[0], patterns, end - begin), patterns = copies[0];
         if (last + spare > from.sign_count) std::memcpy(copies[1], signs, last - first), signs = copies[1];
-        weights = (fast ? unpack_fast : unpack_portable)(patterns, count, signs, last - first, bytes);
-        if (ceil_div(weights, 8) != last - first) Stack::damaged(number);
+        sign_bytes = last - first;
+    }
+    void close(int64_t signs_taken) {
+        weights = signs_taken;
+        if (ceil_div(weights, 8) != sign_bytes) Stack::damaged(number);
     }
 
     // What a product need not know: no group is all zeros, and no bits are set behind the last pattern and sign.
@@ -203,8 +243,8 @@ inline uint32_t *block_weights(uint64_t mask, const uint8_t *&group, uint32_t ba
 // ------------------------------------------------------------------------------------------------------------ one to four
 
 // One tile times T tokens: x [T, stride], 64-byte aligned, of the tile's columns; levels [rows, 2]; added to sums [rows, T].
-using Multiply = void (*)(const Cut &, const Tile &, const uint64_t *masks, const uint8_t *group, const float *x,
-                          int64_t stride, const float *levels, float *sums);
+using Multiply = void (*)(const Cut &, const Tile &, const uint64_t *masks, Groups &groups, const float *x, int64_t stride,
+                          const float *levels, float *sums);
 
 #ifdef HALFBIT_X86
 HALFBIT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")
@@ -224,11 +264,15 @@ template <int T, int Chains, int... I>
     (sixteen<T, Chains, I>(codes, table, x, stride, sum), ...);
 }
 
+// Groups are unpacked a row or more before they are multiplied, which other parts of the core do.
 template <int T>
-void tile_product(const Cut &cut, const Tile &tile, const uint64_t *masks, const uint8_t *group, const float *x,
-                  int64_t stride, const float *levels, float *sums) {
+void tile_product(const Cut &cut, const Tile &tile, const uint64_t *masks, Groups &groups, const float *x, int64_t stride,
+                  const float *levels, float *sums) {
     // several sums for few tokens, so that one multiply-add need not wait for the last
     constexpr int chains = T == 1 ? 4 : 2;
+    Unpacking unpacking{groups.patterns, groups.signs, groups.count, groups.sign_bytes, groups.bytes, groups.number};
+    const uint8_t *group = groups.bytes;
+    const int64_t each = ceil_div(groups.count, 8 * tile.rows * tile.blocks);  // times eight for a block
     for (int64_t row = 0; row < tile.rows; ++row) {
         const uint64_t *mask = masks + (tile.row + row) * cut.blocks + tile.block;
         // by the two lowest bits of an index: 0, the levels, nothing
@@ -237,7 +281,14 @@ void tile_product(const Cut &cut, const Tile &tile, const uint64_t *masks, const
         __m512 sum[T][chains];
         for (int t = 0; t < T; ++t)
             for (int k = 0; k < chains; ++k) sum[t][k] = _mm512_setzero_ps();
+        __builtin_prefetch(mask + tile_rows * cut.blocks);
+        int64_t of_row = 0;
+        for (int64_t b = 0; b < tile.blocks; ++b) of_row += __builtin_popcountll(mask[b]);
+        unpacking.upto(group - groups.bytes + of_row);
+        __builtin_prefetch(unpacking.patterns + 4 * unpacking.done + 1024);
+        __builtin_prefetch(unpacking.signs + unpacking.bit / 8 + 512);
         for (int64_t b = 0; b < tile.blocks; ++b) {
+            for (int64_t i = 0; i < each && unpacking.whole(); ++i) unpacking.next();
             const __m512i codes = _mm512_maskz_expand_epi8(mask[b], _mm512_loadu_si512(group));
             group += __builtin_popcountll(mask[b]);
             one_block<T, chains>(codes, table, x + block_columns * b, stride, sum, std::make_integer_sequence<int, 16>());
@@ -247,6 +298,7 @@ void tile_product(const Cut &cut, const Tile &tile, const uint64_t *masks, const
             sums[row * T + t] += _mm512_reduce_add_ps(sum[t][0]);
         }
     }
+    groups.close(static_cast<int64_t>(unpacking.bit));
 }
 HALFBIT_TARGET_END
 
@@ -291,8 +343,8 @@ void few(const Stack &from, const Cut &cut, std::vector<Pass> &passes, const flo
         Groups groups;
         for (int64_t segment = 0; segment < cut.segments; ++segment) {
             const Tile tile(cut, band * cut.segments + segment);
-            groups.unpack(from, cut, tile, masks, pass.matrix * cut.tiles() + band * cut.segments + segment);
-            multiply(cut, tile, masks, groups.bytes, pass.x.get() + tile.block * block_columns, stride,
+            groups.open(from, cut, tile, masks, pass.matrix * cut.tiles() + band * cut.segments + segment);
+            multiply(cut, tile, masks, groups, pass.x.get() + tile.block * block_columns, stride,
                      levels + 2 * (pass.matrix * out + top), sums);
         }
         const int64_t height = std::min(tile_rows, out - top);
