@@ -41,8 +41,8 @@ DTYPES = {
     "exponents": torch.uint8,
     **_levels.DTYPES,
 }
-# A lane costs some 16 bits whatever it holds; longer ones are fewer, and then there is less to do at once. A CPU is three
-# times as fast where lanes are rows or parts of them.
+# A lane costs some 16 bits whatever it holds; longer ones are fewer, and then there is less to do at once. A CPU is
+# three times as fast where lanes are rows or parts of them.
 LONGEST_PART = 12
 BITS_OF_A_ROW = 400
 BITS_OF_A_LANE = 800
