@@ -23,6 +23,7 @@ if native.extension is None:
 
 from test_codecs import bilevel
 
+from halfbit.formats._grid_cpu import TOKENS_TO_DECODE
 from halfbit.formats.spqr import cpu, reference
 
 TOKENS = [0, 1, 2, 17, 300]
@@ -65,7 +66,7 @@ def check(codec: SpQR, solutions: list[Solution], tokens: list[int], dtype: torc
         those = slice(int(starts[g]), int(starts[g + 1]))
         exact = x[those].double() @ dense[g].double().T
         if exact.numel():
-            decoded = tokens[g] >= cpu.TOKENS_TO_DECODE
+            decoded = tokens[g] >= TOKENS_TO_DECODE
             bound = allowed(x[those], dense[g], decoded) + allowed(
                 x[those], replace(solution, outliers=None).dense(), decoded
             )
@@ -186,7 +187,7 @@ def test_extreme_halves_are_converted_exactly(isa: str):
         assert torch.equal(cpu.decode(operands(codec, [solution]), codec.form), solution.dense())
         for to in (torch.float16, torch.bfloat16):
             place = torch.empty(values.shape[1], 512, dtype=to)
-            cpu._decode(operands(codec, [solution]), codec.form, 0, 0, 32, place)
+            cpu._stack(operands(codec, [solution]), codec.form).decode(0, 0, 32, place)
             assert torch.equal(place.T.float(), solution.dense().to(to).float())
 
 

@@ -17,14 +17,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from halfbit import native
 from halfbit.bits import pack, packed_bytes, unpack
 from halfbit.errors import FormatError, RecipeError, Unsupported
+from halfbit.formats._eager import eager
 from halfbit.formats._grouped_product import grouped_product
 from halfbit.formats._order import check_order, order_of, pack_order, part_order, put_back, stack_orders, unpack_order
 from halfbit.formats._shapes import check_rotated, one_shape
 from halfbit.grids.affine import Affine
 from halfbit.triton_support import backend
 from halfbit.types import Packed, Solution
+
+if native.extension is not None:
+    from halfbit.formats import _grouped_cpu
 
 DTYPES = {"codes": torch.uint8, "scale": torch.bfloat16, "zero": torch.uint8}
 
@@ -57,6 +62,10 @@ class Grouped:
         return Affine(bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     @property
+    def _form(self) -> tuple[int, int | None, bool]:
+        return self.bits, self.group, self.symmetric
+
+    @property
     def rotated(self) -> bool:
         return False
 
@@ -76,7 +85,10 @@ class Grouped:
         return Packed(self, solution.shape, {"codes": codes, "scale": scale, "zero": zero, "order": order})
 
     def decode(self, packed: Packed) -> Tensor:
-        *tensors, order = self._operands(packed)
+        operands = self._operands(packed)
+        if native.extension is not None and operands[0].is_cpu:
+            return _grouped_cpu.decode(operands, self._form, packed.shape[1])
+        *tensors, order = operands
         dense = self._stored(*tensors, columns=packed.shape[1])
         step = max(1, packed.shape[0] // max(order.shape[0], 1))
         return torch.cat([put_back(part, order_of(order, n)) for n, part in enumerate(dense.split(step))])
@@ -136,7 +148,22 @@ class Grouped:
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         if kernels := backend(self.name, x):
-            return kernels.product(x, starts, tensors, out_features, (self.bits, self.group, self.symmetric))
+            return kernels.product(x, starts, tensors, out_features, self._form)
+        if x.requires_grad:
+            return self._plain_product(x, starts, tensors, out_features)
+        if eager(x):
+            return self.multiply(x, starts, tensors, out_features)
+        form = [self.bits, self.group or 0, int(self.symmetric)]
+        return torch.ops.halfbit.grouped_product(x, starts, tensors, out_features, form)
+
+    def multiply(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        """`product` on a CPU, of an x that takes no gradient."""
+        if native.extension is not None:
+            return _grouped_cpu.product(x, starts, tensors, out_features, self._form)
+        return self._plain_product(x, starts, tensors, out_features)
+
+    def _plain_product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
+        """The definition, through which gradients flow."""
         *stored, order = tensors
 
         def matrix(g: int) -> Tensor:
@@ -147,7 +174,7 @@ class Grouped:
 
     def lookup(self, rows: Tensor, tensors: list[Tensor], columns: int) -> Tensor:
         if kernels := backend(self.name, rows):
-            return kernels.lookup(rows, tensors, (self.bits, self.group, self.symmetric))
+            return kernels.lookup(rows, tensors, self._form)
         *stored, order = tensors
         return put_back(self._stored(*(t[rows] for t in stored), columns=columns), order_of(order, 0))
 
@@ -161,6 +188,22 @@ class Grouped:
     def _groups(self, columns: int) -> int:
         # a matrix without columns has one group, as a solver fits one
         return 1 if self.group is None else max(1, -(-columns // self.group))
+
+
+@torch.library.custom_op(
+    "halfbit::grouped_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features, int[] form) -> Tensor",
+)
+def product(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int, form: list[int]) -> Tensor:
+    """`Grouped.multiply`; `form`: bits, group or 0, whether it is symmetric."""
+    bits, group, symmetric = form
+    return Grouped(bits, group or None, bool(symmetric)).multiply(x, starts, tensors, out_features)
+
+
+@product.register_fake
+def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int, form: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
 
 
 def _no_bytes(like: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ template <int B, int S>
 void tile_digits(const Matrix &m, int64_t tile, const float *x, const Digits &d, const float *sums, float *y) {
     constexpr float center = 1 << (B - 1);
     alignas(64) float scale[512], shift[512], apart[64] = {};
+    avx512::Blocks blocks(m.codes, tile);
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
         avx512::fetch_statistics(m, tile, stretch + 1);
@@ -116,7 +117,7 @@ void tile_digits(const Matrix &m, int64_t tile, const float *x, const Digits &d,
         F sum = all(0.0f), less = all(0.0f);
         for (; block < stop; ++block) {
             W q[8];
-            const uint32_t *codes = m.codes.block(tile, block);
+            const uint32_t *codes = blocks.at(block);
             for (int i = 0; i < B; ++i) __builtin_prefetch(codes + avx512::ahead + 16 * i);
             quads<B>(codes, q);
             const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);

@@ -72,6 +72,27 @@ inline F widen(W a, bool bfloat) {
     return bfloat ? _mm512_castsi512_ps(left<16>(a)) : from_half(_mm512_cvtepi32_epi16(a));
 }
 
+
+// Sixteen words of each of sixteen lines, from `offset` bytes on: to [16 words, 16 lanes].
+inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to) {
+    W a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(lines[i] + offset);
+    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    // four lanes of four words each, a[4 * lanes + word]
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const W p = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), q = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
+        const W r = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xEE), s = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xEE);
+        _mm512_storeu_si512(to + 16 * i, _mm512_shuffle_i32x4(p, q, 0x88));
+        _mm512_storeu_si512(to + 16 * (4 + i), _mm512_shuffle_i32x4(p, q, 0xDD));
+        _mm512_storeu_si512(to + 16 * (8 + i), _mm512_shuffle_i32x4(r, s, 0x88));
+        _mm512_storeu_si512(to + 16 * (12 + i), _mm512_shuffle_i32x4(r, s, 0xDD));
+    }
+}
+
 #elif HALFBIT_LANES == 256
 
 struct F {
@@ -162,6 +183,26 @@ inline void narrow(uint16_t *p, F x, bool bfloat) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), all16);
 }
 
+// Sixteen words of each of sixteen lines, from `offset` bytes on: to [16 words, 16 lanes].
+inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to) {
+    for (int lane = 0; lane < 16; lane += 8)
+        for (int word = 0; word < 16; word += 8) {
+            __m256i a[8], b[8];
+            for (int i = 0; i < 8; ++i)
+                a[i] = half_words(reinterpret_cast<const uint32_t *>(lines[lane + i] + offset + 4 * word));
+            for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+            for (int i = 0; i < 8; i += 4) {
+                a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+                a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+            }
+            for (int i = 0; i < 4; ++i) {
+                auto *place = reinterpret_cast<__m256i *>(to + 16 * (word + i) + lane);
+                _mm256_storeu_si256(place, _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
+                _mm256_storeu_si256(place + 8, _mm256_permute2x128_si256(a[i], a[4 + i], 0x31));
+            }
+        }
+}
+
 #else
 
 struct F {
@@ -187,5 +228,11 @@ inline void narrow(uint16_t *p, F a, bool bfloat) {
     for (int i = 0; i < 16; ++i) p[i] = bfloat ? bfloat_of(a.v[i]) : half_of(a.v[i]);
 }
 #undef HALFBIT_EACH
+
+// Sixteen words of each of sixteen lines, from `offset` bytes on: to [16 words, 16 lanes].
+inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to) {
+    for (int word = 0; word < 16; ++word)
+        for (int lane = 0; lane < 16; ++lane) std::memcpy(to + 16 * word + lane, lines[lane] + offset + 4 * word, 4);
+}
 
 #endif

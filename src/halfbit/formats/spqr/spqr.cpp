@@ -1,7 +1,9 @@
-// SpQR on a CPU: multiply straight from the tiled codes, and decode some rows at a time for products with many tokens.
+// Evenly spaced grids on a CPU, SpQR's and `grouped`: multiply straight from the codes, and decode some rows at a time for
+// products with many tokens.
 //
-// The layout is drawn in README.md: tiles of 16 rows, blocks of 32 columns, so that a vector of 16 lanes reads one word of
-// each row of a tile. `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each
+// SpQR's layout is drawn in README.md: tiles of 16 rows, blocks of 32 columns, so that a vector of 16 lanes reads one word of
+// each row of a tile. `grouped` lies row by row; its words are transposed into tiles on their way to the registers, which
+// costs a tenth of reading them from memory. `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each
 // kind of instructions, and one is chosen at run time. `digits.h` has one token in whole numbers, for CPUs that can do it.
 //
 // Nothing outside of the operands is read whatever the bytes say: sizes are compared with the shapes before the work
@@ -89,11 +91,15 @@ inline uint16_t bfloat_of(float a) {
 
 // --------------------------------------------------------------------------------------------------------------- operands
 
-// A tiled matrix and, in place of its ragged edge, whole tiles and blocks (`tiled.edge`).
-struct Tiled {
+// A matrix of fields, in one of two layouts:
+//   tiled: `words` and, in place of its ragged edge, whole tiles and blocks, `edge` (`tiled.edge`)
+//   row by row: a row is a string of bits in `stride` bytes from `first` on, as `bits.py` packs them
+struct Fields {
     const uint32_t *words, *edge;
     int64_t rows, columns;
     int bits;
+    const uint8_t *first, *end;  // null: tiled; `end`: of what can be read, which other rows and matrices may be, too
+    int64_t stride;
 
     int64_t whole() const { return columns / 32; }
     int64_t blocks() const { return (columns + 31) / 32; }
@@ -115,10 +121,11 @@ using Fill = void (*)(const uint32_t *words, const float *scale, const float *ze
 
 // One matrix of a stack.
 struct Matrix {
-    Tiled codes, scales, zeros;
-    const uint16_t *second;  // [supergroups, groups, per_group]
+    Fields codes, scales, zeros;
+    const uint16_t *second;  // [supergroups, groups, per_group]; per_group 0: scales and zeros are what is stored
     int64_t rows, group, groups, supergroup, per_group;
     bool bfloat, half;
+    bool symmetric;  // every zero is the middle code, and none is stored
     bool has_outliers;
     const int64_t *outlier_offsets;  // [tiles, chunks] and the end
     int64_t chunks, outlier_count;
@@ -210,6 +217,14 @@ Kernels kernels(Isa isa, int bits, int64_t segment) {
 
 using Words = Array<const uint32_t, 2>;
 
+// Columns of x as the kernels take it: as far as an outlier's column can reach.
+int64_t padded(int64_t columns) { return (columns + 255) / 256 * 256; }
+
+// Columns of a block that share statistics, where the kernels are made for that, else 0.
+int64_t segment_of(int64_t group, int64_t columns) {
+    return group == 8 || group == 16 ? group : group % 32 == 0 || group >= columns ? 32 : 0;
+}
+
 // The fields of `reference.Operands` and `reference.Form`.
 struct Stack {
     Words codes, codes_edge, scales, scales_edge, zeros, zeros_edge;
@@ -222,15 +237,9 @@ struct Stack {
     std::array<int64_t, 6> form;
     bool bfloat;
 
+    int bits() const { return static_cast<int>(form[0]); }
     int64_t count() const { return static_cast<int64_t>(codes.shape(0)); }
-    int64_t width() const { return (in + 255) / 256 * 256; }  // as far as an outlier's column can reach
-
-    // Columns of a block that share statistics, where the kernels are made for that, else 0.
-    int64_t segment() const {
-        const int64_t group = form[1];
-        if (form[5]) return 0;
-        return group == 8 || group == 16 ? group : group % 32 == 0 || group >= in ? 32 : 0;
-    }
+    int64_t segment() const { return form[5] ? 0 : segment_of(form[1], in); }
 
     Matrix matrix(int64_t number, Fill fill = nullptr) const {
         const auto [bits, group, scale_bits, zero_bits, supergroup, half] = form;
@@ -253,9 +262,10 @@ struct Stack {
         return m;
     }
 
-    Tiled tiled(const Words &words, const Words &edge, int64_t number, int64_t width, int64_t bits) const {
+    Fields tiled(const Words &words, const Words &edge, int64_t number, int64_t width, int64_t bits) const {
         return {words.data() + number * static_cast<int64_t>(words.shape(1)),
-                edge.data() + number * static_cast<int64_t>(edge.shape(1)), out, width, static_cast<int>(bits)};
+                edge.data() + number * static_cast<int64_t>(edge.shape(1)), out, width, static_cast<int>(bits),
+                nullptr, nullptr, 0};
     }
 
     // Everything that is read through, but the order; std::invalid_argument, a ValueError in Python.
@@ -265,7 +275,7 @@ struct Stack {
         if (!allowed(bits) || bits == 16 || !allowed(scale_bits) || !allowed(zero_bits) || group < 0 || supergroup < 1)
             throw std::invalid_argument("this is no form of SpQR");
         const Matrix m = matrix(0);
-        const auto fits = [&](const Words &words, const Words &edge, const Tiled &tiled) {
+        const auto fits = [&](const Words &words, const Words &edge, const Fields &tiled) {
             return words.shape(0) == codes.shape(0) && edge.shape(0) == codes.shape(0) &&
                    static_cast<int64_t>(words.shape(1)) == tiled.word_count() &&
                    static_cast<int64_t>(edge.shape(1)) == tiled.edge_count();
@@ -283,6 +293,53 @@ struct Stack {
         if (offset[0] != 0 || offset[offsets.shape(0) - 1] != outliers ||
             !std::is_sorted(offset, offset + offsets.shape(0)))
             throw std::invalid_argument("outlier offsets must rise from 0 to the number of outliers");
+    }
+};
+
+// A stack of `grouped`, as it is stored: k matrices of out rows, one above another.
+struct Grouped {
+    Array<const uint8_t, 2> codes, zeros;
+    Array<const uint16_t, 2> scales;
+    Array<const int64_t, 2> order;
+    int64_t out, in;
+    std::array<int64_t, 3> form;  // bits, group or 0, symmetric
+    int64_t matrices;
+
+    int bits() const { return static_cast<int>(form[0]); }
+    int64_t count() const { return matrices; }
+    int64_t segment() const { return segment_of(form[1], in); }
+    int64_t groups() const { return form[1] ? std::max<int64_t>(1, (in + form[1] - 1) / form[1]) : 1; }
+
+    Matrix matrix(int64_t number, Fill fill = nullptr) const {
+        const auto [bits, group, symmetric] = form;
+        Matrix m{};
+        m.rows = out, m.fill = fill;
+        m.group = group ? group : std::numeric_limits<int64_t>::max() / 64;
+        m.groups = groups();
+        m.codes = rows_of(codes, number, in, bits);
+        m.scales = rows_of(scales, number, m.groups, 16);
+        m.zeros = rows_of(zeros, number, m.groups, bits);
+        m.supergroup = 16;
+        m.bfloat = true, m.symmetric = symmetric != 0;
+        return m;
+    }
+
+    template <class T>
+    Fields rows_of(const Array<T, 2> &from, int64_t number, int64_t width, int64_t bits) const {
+        const auto *bytes = reinterpret_cast<const uint8_t *>(from.data());
+        const int64_t stride = from.shape(1) * sizeof(T);
+        return {nullptr, nullptr, out, width, static_cast<int>(bits),
+                bytes + number * out * stride, bytes + from.shape(0) * stride, stride};
+    }
+
+    void check() const {
+        if (form[0] < 2 || form[0] > 8 || form[1] < 0) throw std::invalid_argument("this is no form of grouped codes");
+        const auto packed = [&](int64_t fields) { return (fields * form[0] + 7) / 8; };
+        const int64_t rows = matrices * out;
+        if (codes.shape(0) != rows || scales.shape(0) != rows || zeros.shape(0) != rows || codes.shape(1) != packed(in) ||
+            scales.shape(1) != groups() || zeros.shape(1) != (form[2] ? 0 : packed(groups())) || order.shape(1) != in ||
+            !(order.shape(0) <= 1 || order.shape(0) == matrices))
+            throw std::invalid_argument("the operands do not fit together");
     }
 };
 
@@ -308,6 +365,15 @@ Stack stack(const nb::list &t, const std::array<int64_t, 6> &form) {
     return s;
 }
 
+// What `Grouped.runtime` gives, as so many matrices of `out` rows and `in` columns.
+Grouped grouped(const nb::list &t, const std::array<int64_t, 3> &form, int64_t matrices, int64_t out, int64_t in) {
+    Grouped s{};
+    take(t[0], s.codes), take(t[1], s.scales), take(t[2], s.zeros), take(t[3], s.order);
+    if (!is_bfloat(t[1])) throw std::invalid_argument("scales must be bfloat16");
+    s.form = form, s.out = out, s.in = in, s.matrices = matrices;
+    return s;
+}
+
 // ---------------------------------------------------------------------------------------------------------------- product
 
 // Tokens that go through a matrix together.
@@ -326,8 +392,9 @@ constexpr int64_t many_tiles = 16;      // the same with panels, at most
 constexpr int64_t most_at_once = 512;   // tokens for which weights are decoded once
 constexpr int64_t tiny_work = 1 << 18;  // weights times passes that are worth a thread
 
-void pack(Pass &pass, int64_t panel, const Stack &s, const float *x) {
-    const int64_t lanes = pass.lanes, width = s.width(), in = s.in, panels = std::max<int64_t>(pass.panels, 1);
+template <class S>
+void pack(Pass &pass, int64_t panel, const S &s, const float *x) {
+    const int64_t lanes = pass.lanes, width = padded(s.in), in = s.in, panels = std::max<int64_t>(pass.panels, 1);
     const int64_t orders = static_cast<int64_t>(s.order.shape(0));
     const int64_t *order = orders ? s.order.data() + (orders > 1 ? pass.number * in : 0) : nullptr;
     const int64_t tokens = std::clamp<int64_t>(pass.tokens - panel * lanes, 0, lanes);
@@ -344,8 +411,7 @@ void pack(Pass &pass, int64_t panel, const Stack &s, const float *x) {
 }
 
 // What the kernels of one token take besides x.
-void sum_segments(Pass &pass, const Stack &s, int64_t segment, const Kernels &available) {
-    const int64_t width = s.width();
+void sum_segments(Pass &pass, int64_t width, int64_t segment, int bits, const Kernels &available) {
     pass.sums = floats(width / segment);
     for (int64_t i = 0; i < width / segment; ++i) {
         float sum = 0;
@@ -358,15 +424,13 @@ void sum_segments(Pass &pass, const Stack &s, int64_t segment, const Kernels &av
     auto *bytes = reinterpret_cast<int8_t *>(pass.whole.get());
     float *unit = pass.whole.get() + 3 * width / 4;
     pass.digits = {bytes, bytes + width, bytes + 2 * width, unit, reinterpret_cast<int32_t *>(unit + segments)};
-    if (!available.to_digits(pass.x.get(), width, segment, 1 << (s.form[0] - 1), pass.digits)) pass.whole.reset();
+    if (!available.to_digits(pass.x.get(), width, segment, 1 << (bits - 1), pass.digits)) pass.whole.reset();
 }
 
-void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std::array<int64_t, 6> form,
-             nb::handle outputs, int threads) {
-    const auto x = array<const float, 2>(inputs);
-    const auto starts = array<const int64_t, 1>(group_starts);
-    const auto y = array<float, 2>(outputs);
-    const Stack s = stack(operands, form);
+// S: `Stack` or `Grouped`.
+template <class S>
+void product(const Array<const float, 2> &x, const Array<const int64_t, 1> &starts, const S &s, const Array<float, 2> &y,
+             int threads) {
     const nb::gil_scoped_release release;
     s.check();
     const int64_t tokens = x.shape(0), groups = static_cast<int64_t>(starts.shape(0)) - 1;
@@ -378,7 +442,7 @@ void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std:
         throw std::invalid_argument("x and y do not fit the matrices");
 
     const int64_t segment = s.segment();
-    const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), segment);
+    const Kernels available = kernels(halfbit::active_isa, s.bits(), segment);
     std::vector<Pass> passes;
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t first = start[g]; first < start[g + 1];) {
@@ -396,7 +460,7 @@ void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std:
                 pass.tokens = std::min(left, fitting->first), pass.lanes = fitting->first;
                 if (pass.tokens > 1 || !available.one) pass.many = fitting->second;
             }
-            pass.x = floats(std::max<int64_t>(pass.panels, 1) * s.width() * pass.lanes);
+            pass.x = floats(std::max<int64_t>(pass.panels, 1) * padded(s.in) * pass.lanes);
             first += pass.tokens;
             passes.push_back(std::move(pass));
         }
@@ -420,7 +484,7 @@ void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std:
     halfbit::parallel(threads, packing.size(), [&](int64_t i) {
         Pass &pass = passes[packing[i].first];
         pack(pass, packing[i].second, s, x.data());
-        if (!pass.panels && !pass.many) sum_segments(pass, s, segment, available);
+        if (!pass.panels && !pass.many) sum_segments(pass, padded(s.in), segment, s.bits(), available);
     });
 
     halfbit::parallel(threads, items.size(), [&](int64_t i) {
@@ -455,18 +519,17 @@ void product(nb::handle inputs, nb::handle group_starts, nb::list operands, std:
 // ----------------------------------------------------------------------------------------------------------------- decode
 
 // Rows `16 * first` to `16 * last` of one matrix, in the stored order of columns, to [columns, step].
-void decode(nb::list operands, std::array<int64_t, 6> form, int64_t number, int64_t first, int64_t last, nb::handle place,
-            int threads) {
+template <class S>
+void decode(const S &s, int64_t number, int64_t first, int64_t last, nb::handle place, int threads) {
     const auto to = array<char, 2>(place);
     const int size = halfbit::described(place).dtype.bits / 8, type = size == 4 ? 0 : is_bfloat(place) ? 1 : 2;
-    const Stack s = stack(operands, form);
     const nb::gil_scoped_release release;
     s.check();
     const int64_t tiles = (s.out + 15) / 16, step = to.shape(1);
     if (number < 0 || number >= s.count() || first < 0 || first > last || last > tiles ||
         static_cast<int64_t>(to.shape(0)) != s.in || step < std::min(16 * last, s.out) - 16 * first)
         throw std::invalid_argument("the rows and their place do not fit together");
-    const Kernels available = kernels(halfbit::active_isa, static_cast<int>(form[0]), s.segment());
+    const Kernels available = kernels(halfbit::active_isa, s.bits(), s.segment());
     const Matrix m = s.matrix(number, available.fill);
     threads = static_cast<int>(std::clamp<int64_t>((last - first) * 16 * s.in / tiny_work, 1, std::max(threads, 1)));
     // 512 columns of all tiles, then the next: a tile alone would write to thousands of pages in turn
@@ -480,8 +543,28 @@ void decode(nb::list operands, std::array<int64_t, 6> form, int64_t number, int6
 }  // namespace
 
 HALFBIT_BINDINGS(spqr) {
-    m.def("spqr_product", product, "x"_a, "starts"_a, "operands"_a, "form"_a, "y"_a, "threads"_a,
+    using Form = std::array<int64_t, 6>;
+    using GroupedForm = std::array<int64_t, 3>;
+    m.def("spqr_product", [](nb::handle x, nb::handle starts, nb::list operands, Form form, nb::handle y, int threads) {
+        product(array<const float, 2>(x), array<const int64_t, 1>(starts), stack(operands, form), array<float, 2>(y), threads);
+    }, "x"_a, "starts"_a, "operands"_a, "form"_a, "y"_a, "threads"_a,
           "x float32 [tokens, columns] times the matrix of each group -> into y float32 [tokens, out]");
-    m.def("spqr_decode", decode, "operands"_a, "form"_a, "number"_a, "first"_a, "last"_a, "to"_a, "threads"_a,
+    m.def("spqr_decode", [](nb::list operands, Form form, int64_t number, int64_t first, int64_t last, nb::handle to, int threads) {
+        decode(stack(operands, form), number, first, last, to, threads);
+    }, "operands"_a, "form"_a, "number"_a, "first"_a, "last"_a, "to"_a, "threads"_a,
           "Tiles first to last of a matrix, columns as stored -> into [columns, rows], float32, bfloat16 or float16");
+    m.def("grouped_product", [](nb::handle x, nb::handle starts, nb::list operands, GroupedForm form, nb::handle y, int threads) {
+        const auto inputs = array<const float, 2>(x);
+        const auto bounds = array<const int64_t, 1>(starts);
+        const auto outputs = array<float, 2>(y);
+        const Grouped s = grouped(operands, form, bounds.shape(0) - 1, outputs.shape(1), inputs.shape(1));
+        product(inputs, bounds, s, outputs, threads);
+    }, "x"_a, "starts"_a, "operands"_a, "form"_a, "y"_a, "threads"_a,
+          "As spqr_product; operands: codes, scale, zero, order; form: bits, group or 0, whether it is symmetric");
+    m.def("grouped_decode", [](nb::list operands, GroupedForm form, int64_t matrices, int64_t number, int64_t first, int64_t last,
+                               nb::handle to, int threads) {
+        const int64_t rows = array<const char, 2>(nb::handle(operands[0])).shape(0), columns = array<const char, 2>(to).shape(0);
+        decode(grouped(operands, form, matrices, matrices ? rows / matrices : 0, columns), number, first, last, to, threads);
+    }, "operands"_a, "form"_a, "matrices"_a, "number"_a, "first"_a, "last"_a, "to"_a, "threads"_a,
+          "As spqr_decode, of so many matrices one above another");
 }

@@ -9,6 +9,74 @@
 //   few tokens:   a block's weights are made and put into the cache, outliers replaced, then multiplied with each token.
 //   many tokens:  the same with some columns of several tiles, and tokens in panels.
 
+// Blocks of a tile, one after another, as the words of a tiled matrix. Of a matrix that lies row by row the words of 128
+// columns are transposed at a time, and fields that do not fit whole into a word are put where a tile has them.
+class Blocks {
+  public:
+    Blocks(const Fields &of, int64_t of_tile) : from(of), tile(of_tile) {}
+
+    const uint32_t *at(int64_t block) {
+        if (!from.first) return from.block(tile, block);
+        if (block < begin || block >= end) take(block);
+        return place + 16 * from.bits * (block - begin);
+    }
+
+  private:
+    static constexpr int most_words = 32;  // of a lane: 4 blocks of 8 bits
+
+    void take(int64_t block) {
+        begin = block, end = block + (from.bits == 16 ? 1 : 4);
+        const int64_t words = (end - begin) * from.bits, height = std::min<int64_t>(16, from.rows - 16 * tile);
+        const uint8_t *lines[16], *top = from.first + 16 * tile * from.stride + 4 * from.bits * block;
+        // the same blocks are 64 * bits bytes of what comes next, the next tile
+        fetch(top - 4 * from.bits * block + 16 * from.stride + 64 * from.bits * block, 64 * words);
+        uint8_t copy[16][4 * most_words];
+        for (int64_t lane = 0; lane < 16; ++lane) {
+            const uint8_t *line = lines[lane] = top + std::min(lane, height - 1) * from.stride;
+            if (from.end - line >= 4 * most_words) continue;
+            // the last rows of all
+            std::memset(copy[lane], 0, sizeof copy[lane]);
+            if (line < from.end) std::memcpy(copy[lane], line, from.end - line);
+            lines[lane] = copy[lane];
+        }
+        for (int64_t w = 0; w < words; w += 16) transpose(lines, 4 * w, place + 16 * w);
+        if (32 % from.bits == 0) return;
+        for (int64_t b = 0; b < 4; ++b) {
+            uint32_t *of_block = place + 16 * from.bits * b;
+            from.bits == 3   ? to_tile<3>(of_block)
+            : from.bits == 5 ? to_tile<5>(of_block)
+            : from.bits == 6 ? to_tile<6>(of_block)
+                             : to_tile<7>(of_block);
+        }
+    }
+
+    void fetch(const uint8_t *p, int64_t bytes) const {
+        for (const uint8_t *last = std::min(p + bytes, from.end); p < last; p += 64) __builtin_prefetch(p, 0, 2);
+    }
+
+    // The words of 16 lanes, each a string of 32 fields.
+    template <int B>
+    static void to_tile(uint32_t *words) {
+        constexpr int body = 32 / B * B, spare = 32 - body;
+        uint32_t made[B][16];
+        const auto bits = [&](int lane, int from, int count) {
+            uint32_t a = words[16 * (from / 32) + lane] >> from % 32;
+            if (from % 32 + count > 32) a |= words[16 * (from / 32 + 1) + lane] << (32 - from % 32);
+            return a & ((1u << count) - 1);
+        };
+#pragma GCC unroll 8
+        for (int i = 0; i < B; ++i)
+            for (int lane = 0; lane < 16; ++lane)
+                made[i][lane] = bits(lane, i * body, body) | bits(lane, B * body + i * spare, spare) << body;
+        std::memcpy(words, made, sizeof made);
+    }
+
+    const Fields &from;
+    const int64_t tile;
+    int64_t begin = 0, end = 0;
+    alignas(64) uint32_t place[16 * most_words];
+};
+
 #if HALFBIT_LANES == 0
 
 // A block's 32 fields as numbers, [32, 16]: lane by lane, as README.md draws them.
@@ -110,8 +178,10 @@ inline Unpack unpacker(int bits) {
 // Scales and zeros of the groups `begin` to `end` among the 32 from `32 * stretch`, [32, 16] each.
 inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, int64_t begin, int64_t end, float *scale,
                        float *zero) {
-    unpacker(m.scales.bits)(m.scales.block(tile, stretch), scale, m.bfloat);
-    unpacker(m.zeros.bits)(m.zeros.block(tile, stretch), zero, m.bfloat);
+    unpacker(m.scales.bits)(Blocks(m.scales, tile).at(stretch), scale, m.bfloat);
+    if (m.symmetric) std::fill(zero, zero + 512, static_cast<float>(1 << (m.codes.bits - 1)));
+    else unpacker(m.zeros.bits)(Blocks(m.zeros, tile).at(stretch), zero, m.bfloat);
+    if (!m.per_group) return;
     const int64_t count = std::min(end, m.groups) - begin;
     scale += 16 * (begin - 32 * stretch), zero += 16 * (begin - 32 * stretch);
     const int64_t top = 16 * tile / m.supergroup, bottom = std::min(16 * tile + 15, m.rows - 1) / m.supergroup;
@@ -169,9 +239,9 @@ void fill(const uint32_t *from, const float *scale, const float *zero, float *to
 #endif
 
 // The weights of a block for any groups and roundings.
-inline void fill_any(const Matrix &m, int64_t tile, int64_t block, int64_t stretch, const float *scale, const float *zero,
-                     float *w) {
-    unpacker(m.codes.bits)(m.codes.block(tile, block), w, false);
+inline void fill_any(const Matrix &m, const uint32_t *codes, int64_t block, int64_t stretch, const float *scale,
+                     const float *zero, float *w) {
+    unpacker(m.codes.bits)(codes, w, false);
     const int64_t first = 32 * block, end = std::min(first + 32, m.codes.columns);
     for (int64_t column = first; column < end;) {
         const int64_t group = column / m.group, stop = std::min((group + 1) * m.group, end);
@@ -184,13 +254,13 @@ inline void fill_any(const Matrix &m, int64_t tile, int64_t block, int64_t stret
 }
 
 // The weights of one block, [32, 16]; `outlier` is where the tile's outliers from this block on begin, and is moved on.
-inline void block_weights(const Matrix &m, int64_t tile, int64_t block, int64_t stretch, const float *scale,
-                          const float *zero, int64_t &outlier, float *w) {
+inline void block_weights(const Matrix &m, const uint32_t *codes, int64_t tile, int64_t block, int64_t stretch,
+                          const float *scale, const float *zero, int64_t &outlier, float *w) {
     if (m.fill) {
         const int64_t group = 16 * (32 * block / m.group - 32 * stretch);
-        m.fill(m.codes.block(tile, block), scale + group, zero + group, w);
+        m.fill(codes, scale + group, zero + group, w);
     } else {
-        fill_any(m, tile, block, stretch, scale, zero, w);
+        fill_any(m, codes, block, stretch, scale, zero, w);
     }
     const int64_t first = 32 * block, end = std::min(first + 32, m.codes.columns);
     std::fill(w + 16 * (end - first), w + 16 * 32, 0.0f);
@@ -210,13 +280,14 @@ template <class Place, class Use>
 [[gnu::always_inline]] inline void walk(const Matrix &m, int64_t tile, int64_t first, int64_t last, const Place &place,
                                         const Use &use) {
     alignas(64) float scale[512], zero[512];
+    Blocks codes(m.codes, tile);
     int64_t outlier = m.has_outliers ? m.outlier_begin(tile, first / 8) : 0;
     for (int64_t block = first; block < last;) {
         const int64_t stretch = block / m.group, stop = std::min(last, m.stretch_end(stretch));
         statistics(m, tile, stretch, 32 * block / m.group, (32 * stop - 1) / m.group + 1, scale, zero);
         for (; block < stop; ++block) {
             float *w = place(block);
-            block_weights(m, tile, block, stretch, scale, zero, outlier, w);
+            block_weights(m, codes.at(block), tile, block, stretch, scale, zero, outlier, w);
             use(block, w);
         }
     }
@@ -388,6 +459,7 @@ constexpr int64_t ahead = 512;
 
 // Fetches what `scales_and_shifts` will read.
 inline void fetch_statistics(const Matrix &m, int64_t tile, int64_t stretch) {
+    if (m.scales.first) return;
     if (32 * stretch >= m.groups) ++tile, stretch = 0;
     const auto fetch = [](const void *p, int64_t bytes) {
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(p) + i);
@@ -461,6 +533,7 @@ template <int B, int S>
 void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, float *y) {
     constexpr float center = 1 << (B - 1);
     alignas(64) float scale[512], shift[512], apart[64] = {};
+    Blocks blocks(m.codes, tile);
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
         fetch_statistics(m, tile, stretch + 1);
@@ -469,7 +542,7 @@ void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, 
         F sum = all(0.0f), less = all(0.0f);
         for (; block < stop; ++block) {
             W w[B];
-            const uint32_t *codes = m.codes.block(tile, block);
+            const uint32_t *codes = blocks.at(block);
             for (int i = 0; i < B; ++i) __builtin_prefetch(codes + ahead + 16 * i);
             const W string = read<B, true>(codes, w);
             const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
