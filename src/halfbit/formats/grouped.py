@@ -144,7 +144,8 @@ class Grouped:
     def _operands(self, packed: Packed) -> list[Tensor]:
         self.check(packed)
         t = packed.tensors
-        return [t["codes"], t["scale"], t["zero"], unpack_order(t["order"], packed.shape[1])]
+        stored = [t[part].contiguous() for part in ("codes", "scale", "zero")]
+        return [*stored, unpack_order(t["order"], packed.shape[1])]
 
     def product(self, x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
         if kernels := backend(self.name, x):

@@ -97,6 +97,19 @@ template <int B>
     for (int i = 0; i < 8; ++i) q[i] = _mm512_and_si512(q[i], mask);
 }
 
+// The same of words that are strings of bits, as they lie in a matrix that is stored row by row.
+template <int B>
+[[gnu::always_inline]] inline void quads_of_strings(const uint32_t *from, W (&q)[8]) {
+    if constexpr (B != 3) return quads<B>(from, q);
+    const W w[] = {words(from), words(from + 16), words(from + 32)};
+    const W a = _mm512_shrdi_epi32(w[0], w[1], 24), b = _mm512_shrdi_epi32(w[1], w[2], 16);
+    q[0] = four<0, 3, 6, 9>(w[0]), q[1] = four<12, 15, 18, 21>(w[0]);
+    q[2] = four<0, 3, 6, 9>(a), q[3] = four<12, 15, 18, 21>(a);
+    q[4] = four<0, 3, 6, 9>(b), q[5] = four<12, 15, 18, 21>(b);
+    q[6] = four<8, 11, 14, 17>(w[2]), q[7] = four<20, 23, 26, 29>(w[2]);
+    for (int i = 0; i < 8; ++i) q[i] = _mm512_and_si512(q[i], _mm512_set1_epi8(7));
+}
+
 inline W quad(const int8_t *p) {
     int32_t a;
     std::memcpy(&a, p, 4);
@@ -117,9 +130,13 @@ void tile_digits(const Matrix &m, int64_t tile, const float *x, const Digits &d,
         F sum = all(0.0f), less = all(0.0f);
         for (; block < stop; ++block) {
             W q[8];
-            const uint32_t *codes = blocks.at(block);
-            for (int i = 0; i < B; ++i) __builtin_prefetch(codes + avx512::ahead + 16 * i);
-            quads<B>(codes, q);
+            if (m.codes.first) {
+                quads_of_strings<B>(blocks.strings(block), q);
+            } else {
+                const uint32_t *codes = m.codes.block(tile, block);
+                for (int i = 0; i < B; ++i) __builtin_prefetch(codes + avx512::ahead + 16 * i);
+                quads<B>(codes, q);
+            }
             const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
 #pragma GCC unroll 4
             for (int s = 0; s < 32 / S; ++s) {

@@ -19,6 +19,7 @@ inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline W words(const uint32_t *p) { return _mm512_loadu_si512(p); }
+inline void store(uint32_t *p, W a) { _mm512_storeu_si512(p, a); }
 inline W either(W a, W b) { return _mm512_or_si512(a, b); }
 template <int N> inline W right(W a) { return _mm512_srli_epi32(a, N); }
 template <int N> inline W left(W a) { return _mm512_slli_epi32(a, N); }
@@ -111,6 +112,9 @@ inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b
 inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline __m256i half_words(const uint32_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 inline W words(const uint32_t *p) { return {half_words(p), half_words(p + 8)}; }
+inline void store(uint32_t *p, W x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x.a), _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 8), x.b);
+}
 inline W either(W x, W y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 template <int N> inline W right(W x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
 template <int N> inline W left(W x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
@@ -208,6 +212,9 @@ inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to)
 struct F {
     float v[16];
 };
+struct W {
+    uint32_t v[16];
+};
 
 // of a function of the lane number
 #define HALFBIT_EACH(T, value)                        \
@@ -227,6 +234,12 @@ inline F widen(const uint16_t *p, bool bfloat) { HALFBIT_EACH(F, float_of(p[i], 
 inline void narrow(uint16_t *p, F a, bool bfloat) {
     for (int i = 0; i < 16; ++i) p[i] = bfloat ? bfloat_of(a.v[i]) : half_of(a.v[i]);
 }
+inline W words(const uint32_t *p) { HALFBIT_EACH(W, p[i]); }
+inline void store(uint32_t *p, W a) { std::memcpy(p, a.v, sizeof a.v); }
+inline W either(W a, W b) { HALFBIT_EACH(W, a.v[i] | b.v[i]); }
+template <int N> inline W right(W a) { HALFBIT_EACH(W, a.v[i] >> N); }
+template <int N> inline W left(W a) { HALFBIT_EACH(W, a.v[i] << N); }
+inline W lowest(W a, uint32_t mask) { HALFBIT_EACH(W, a.v[i] & mask); }
 #undef HALFBIT_EACH
 
 // Sixteen words of each of sixteen lines, from `offset` bytes on: to [16 words, 16 lanes].

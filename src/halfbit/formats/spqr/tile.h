@@ -9,66 +9,69 @@
 //   few tokens:   a block's weights are made and put into the cache, outliers replaced, then multiplied with each token.
 //   many tokens:  the same with some columns of several tiles, and tokens in panels.
 
-// Blocks of a tile, one after another, as the words of a tiled matrix. Of a matrix that lies row by row the words of 128
-// columns are transposed at a time, and fields that do not fit whole into a word are put where a tile has them.
+// Bits `From` to `From + Count` of the strings that are the words of the lanes.
+template <int From, int Count, int B>
+[[gnu::always_inline]] inline W bits_at(const W (&w)[B]) {
+    W a = right<From % 32>(w[From / 32]);
+    if constexpr (From % 32 + Count > 32) a = either(a, left<32 - From % 32>(w[From / 32 + 1]));
+    return lowest(a, (1u << Count) - 1);
+}
+
+// A block of strings of 32 fields, made into the words of a tile, where no field lies across the end of a word.
+template <int B, int... I>
+void to_tile(uint32_t *block, std::integer_sequence<int, I...>) {
+    constexpr int body = 32 / B * B, spare = 32 - body;
+    W w[B];
+    for (int i = 0; i < B; ++i) w[i] = words(block + 16 * i);
+    (store(block + 16 * I, either(bits_at<I * body, body>(w), left<body>(bits_at<B * body + I * spare, spare>(w)))), ...);
+}
+
+// Blocks of a tile, one after another. Of a matrix that lies row by row the words of 128 columns are transposed at a time.
 class Blocks {
   public:
     Blocks(const Fields &of, int64_t of_tile) : from(of), tile(of_tile) {}
 
+    // The words of a tiled matrix.
     const uint32_t *at(int64_t block) {
         if (!from.first) return from.block(tile, block);
-        if (block < begin || block >= end) take(block);
-        return place + 16 * from.bits * (block - begin);
+        if (block >= begin && block < end) return place + 16 * from.bits * (block - begin);
+        strings(block);
+        for (int64_t b = 0; b < end - begin; ++b) {
+            uint32_t *words = place + 16 * from.bits * b;
+            if (from.bits == 3) to_tile<3>(words, std::make_integer_sequence<int, 3>());
+            if (from.bits == 5) to_tile<5>(words, std::make_integer_sequence<int, 5>());
+            if (from.bits == 6) to_tile<6>(words, std::make_integer_sequence<int, 6>());
+            if (from.bits == 7) to_tile<7>(words, std::make_integer_sequence<int, 7>());
+        }
+        return place;
+    }
+
+    // Of a matrix that lies row by row: words that are strings of bits, as its rows are.
+    const uint32_t *strings(int64_t block) {
+        if (block >= begin && block < end) return place + 16 * from.bits * (block - begin);
+        begin = block, end = block + (from.bits == 16 ? 1 : 4);
+        const int64_t words = (end - begin) * from.bits, height = std::min<int64_t>(16, from.rows - 16 * tile);
+        const uint8_t *tile_begin = from.first + 16 * tile * from.stride, *lines[16];
+        // what comes next is the next tile: a row's share of it for each row of these blocks
+        fetch(tile_begin + 16 * from.stride + 64 * from.bits * block, 64 * words);
+        uint8_t copy[16][4 * most_words];
+        for (int64_t lane = 0; lane < 16; ++lane) {
+            const uint8_t *line = lines[lane] = tile_begin + std::min(lane, height - 1) * from.stride + 4 * from.bits * block;
+            if (from.end - line >= 4 * most_words) continue;
+            // the last rows of all
+            std::memset(copy[lane], 0, sizeof copy[lane]);
+            std::memcpy(copy[lane], line, from.end - line);
+            lines[lane] = copy[lane];
+        }
+        for (int64_t w = 0; w < words; w += 16) transpose(lines, 4 * w, place + 16 * w);
+        return place;
     }
 
   private:
     static constexpr int most_words = 32;  // of a lane: 4 blocks of 8 bits
 
-    void take(int64_t block) {
-        begin = block, end = block + (from.bits == 16 ? 1 : 4);
-        const int64_t words = (end - begin) * from.bits, height = std::min<int64_t>(16, from.rows - 16 * tile);
-        const uint8_t *lines[16], *top = from.first + 16 * tile * from.stride + 4 * from.bits * block;
-        // the same blocks are 64 * bits bytes of what comes next, the next tile
-        fetch(top - 4 * from.bits * block + 16 * from.stride + 64 * from.bits * block, 64 * words);
-        uint8_t copy[16][4 * most_words];
-        for (int64_t lane = 0; lane < 16; ++lane) {
-            const uint8_t *line = lines[lane] = top + std::min(lane, height - 1) * from.stride;
-            if (from.end - line >= 4 * most_words) continue;
-            // the last rows of all
-            std::memset(copy[lane], 0, sizeof copy[lane]);
-            if (line < from.end) std::memcpy(copy[lane], line, from.end - line);
-            lines[lane] = copy[lane];
-        }
-        for (int64_t w = 0; w < words; w += 16) transpose(lines, 4 * w, place + 16 * w);
-        if (32 % from.bits == 0) return;
-        for (int64_t b = 0; b < 4; ++b) {
-            uint32_t *of_block = place + 16 * from.bits * b;
-            from.bits == 3   ? to_tile<3>(of_block)
-            : from.bits == 5 ? to_tile<5>(of_block)
-            : from.bits == 6 ? to_tile<6>(of_block)
-                             : to_tile<7>(of_block);
-        }
-    }
-
     void fetch(const uint8_t *p, int64_t bytes) const {
         for (const uint8_t *last = std::min(p + bytes, from.end); p < last; p += 64) __builtin_prefetch(p, 0, 2);
-    }
-
-    // The words of 16 lanes, each a string of 32 fields.
-    template <int B>
-    static void to_tile(uint32_t *words) {
-        constexpr int body = 32 / B * B, spare = 32 - body;
-        uint32_t made[B][16];
-        const auto bits = [&](int lane, int from, int count) {
-            uint32_t a = words[16 * (from / 32) + lane] >> from % 32;
-            if (from % 32 + count > 32) a |= words[16 * (from / 32 + 1) + lane] << (32 - from % 32);
-            return a & ((1u << count) - 1);
-        };
-#pragma GCC unroll 8
-        for (int i = 0; i < B; ++i)
-            for (int lane = 0; lane < 16; ++lane)
-                made[i][lane] = bits(lane, i * body, body) | bits(lane, B * body + i * spare, spare) << body;
-        std::memcpy(words, made, sizeof made);
     }
 
     const Fields &from;
@@ -175,9 +178,33 @@ inline Unpack unpacker(int bits) {
     return bits == 16 ? unpack<16> : all_bits[bits - 2];
 }
 
+// The same for few groups of a matrix that lies row by row.
+constexpr int64_t few_groups = 8;
+inline void lines_statistics(const Matrix &m, int64_t tile, int64_t stretch, int64_t begin, int64_t end, float *scale,
+                             float *zero) {
+    const int bits = m.zeros.bits;
+    for (int64_t lane = 0; lane < 16; ++lane) {
+        const int64_t row = std::min(16 * tile + lane, m.rows - 1);
+        const uint8_t *scales = m.scales.first + row * m.scales.stride, *zeros = m.zeros.first + row * m.zeros.stride;
+        for (int64_t g = begin; g < std::min(end, m.groups); ++g) {
+            const int64_t to = 16 * (g - 32 * stretch) + lane, bit = bits * g;
+            uint16_t stored;
+            std::memcpy(&stored, scales + 2 * g, 2);
+            scale[to] = float_of(stored, m.bfloat);
+            int field = 1 << (bits - 1);
+            if (!m.symmetric) {
+                field = zeros[bit / 8] >> bit % 8;
+                if (bit % 8 + bits > 8) field |= zeros[bit / 8 + 1] << (8 - bit % 8);
+            }
+            zero[to] = static_cast<float>(field & ((1 << bits) - 1));
+        }
+    }
+}
+
 // Scales and zeros of the groups `begin` to `end` among the 32 from `32 * stretch`, [32, 16] each.
 inline void statistics(const Matrix &m, int64_t tile, int64_t stretch, int64_t begin, int64_t end, float *scale,
                        float *zero) {
+    if (m.scales.first && end - begin <= few_groups) return lines_statistics(m, tile, stretch, begin, end, scale, zero);
     unpacker(m.scales.bits)(Blocks(m.scales, tile).at(stretch), scale, m.bfloat);
     if (m.symmetric) std::fill(zero, zero + 512, static_cast<float>(1 << (m.codes.bits - 1)));
     else unpacker(m.zeros.bits)(Blocks(m.zeros, tile).at(stretch), zero, m.bfloat);
