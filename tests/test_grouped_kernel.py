@@ -1,8 +1,8 @@
 """The CPU kernels of `grouped` against the definition: decoding bit for bit, products against float64.
 
 Tolerance: the 2x rule. The largest error of a product, against float64, is at most twice that of torch's float32 matmul
-on the decoded weights for 64 tokens (that of one token and one row is a matter of luck), plus two units in the last place
-of the largest result.
+on the decoded weights for 64 tokens (that of one token and one row is luck), plus two units in the last place of the
+largest result.
 """
 
 import ctypes

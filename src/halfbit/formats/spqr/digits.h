@@ -19,14 +19,13 @@ using avx512::words;
 
 constexpr float largest = 127 * 65536 + 127 * 256 + 127;
 
-// False where x has infinities, NaN, or segments so small or large that `unit` would not do.
-inline bool to_digits(const float *x, int64_t width, int64_t segment, int32_t center, const Digits &to) {
-    for (int64_t s = 0; s < width / segment; ++s) {
-        const float *from = x + segment * s;
+// False where x has infinities, NaN, or segments so small or large that the unit would not do. `sums` are those of segments.
+inline bool to_digits(const float *x, const float *sums, int64_t width, int64_t segment, int32_t center, int32_t *to) {
+    for (int64_t s = 0; s < width / segment; ++s, x += segment, to += digit_words(segment)) {
         __m256 sizes = _mm256_setzero_ps();
         bool in_range = true;
         for (int64_t c = 0; c < segment; c += 8) {
-            const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(from + c));
+            const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + c));
             // false for NaN
             in_range &= _mm256_cmp_ps_mask(size, _mm256_set1_ps(1e30f), _CMP_LE_OQ) == 0xFF;
             sizes = _mm256_max_ps(sizes, size);
@@ -39,13 +38,15 @@ inline bool to_digits(const float *x, int64_t width, int64_t segment, int32_t ce
         const uint32_t exponent = bits_of(most) >> 23;
         float each = most > 0 ? of_bits((127 + 127 + 22 - exponent) << 23) : 0.0f;
         if (most * each > largest) each /= 2;
-        to.unit[s] = most > 0 ? 1 / each : 0.0f;
         __m256i sum = _mm256_setzero_si256();
         for (int64_t c = 0; c < segment; c += 8) {
-            __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + c), _mm256_set1_ps(each)));
+            __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + c), _mm256_set1_ps(each)));
             sum = _mm256_add_epi32(sum, a);
-            for (int8_t *digit : {to.low, to.middle, to.high}) {
-                _mm_storel_epi64(reinterpret_cast<__m128i *>(digit + segment * s + c), _mm256_cvtepi32_epi8(a));
+            // the low digits of two times four columns, the middle ones, the high ones
+            for (int digit = 2; digit >= 0; --digit) {
+                const __m128i bytes = _mm256_cvtepi32_epi8(a);
+                to[3 + 3 * (c / 4) + digit] = _mm_cvtsi128_si32(bytes);
+                to[6 + 3 * (c / 4) + digit] = _mm_extract_epi32(bytes, 1);
                 // the digit is signed: what is left without it, a byte further down
                 a = _mm256_srai_epi32(_mm256_sub_epi32(a, _mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24)), 8);
             }
@@ -54,7 +55,9 @@ inline bool to_digits(const float *x, int64_t width, int64_t segment, int32_t ce
         _mm256_store_si256(reinterpret_cast<__m256i *>(parts), sum);
         int32_t total = 0;
         for (const int32_t part : parts) total += part;
-        to.offset[s] = -center * total;
+        to[0] = -center * total;
+        to[1] = static_cast<int32_t>(bits_of(most > 0 ? 1 / each : 0.0f));
+        to[2] = static_cast<int32_t>(bits_of(sums[s]));
     }
     return true;
 }
@@ -110,25 +113,21 @@ template <int B>
     for (int i = 0; i < 8; ++i) q[i] = _mm512_and_si512(q[i], _mm512_set1_epi8(7));
 }
 
-inline W quad(const int8_t *p) {
-    int32_t a;
-    std::memcpy(&a, p, 4);
-    return _mm512_set1_epi32(a);
-}
-
 // As `avx512::tile_one`, x in digits; `x` itself is for outliers.
 template <int B, int S>
-void tile_digits(const Matrix &m, int64_t tile, const float *x, const Digits &d, const float *sums, float *y) {
+void tile_digits(const Matrix &m, int64_t tile, const float *x, const int32_t *digits, float *y) {
     constexpr float center = 1 << (B - 1);
-    alignas(64) float scale[512], shift[512], apart[64] = {};
+    alignas(64) float scale[1024], *shift = scale + 512, apart[64] = {};
     avx512::Blocks blocks(m.codes, tile);
+    const int64_t blocks_of_group = m.group % 32 ? m.codes.blocks() : m.group / 32;  // where S is 32
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
         avx512::fetch_statistics(m, tile, stretch + 1);
         avx512::scales_and_shifts(m, tile, stretch, center, scale, shift);
         const int64_t first = block, stop = m.stretch_end(stretch);
         F sum = all(0.0f), less = all(0.0f);
-        for (; block < stop; ++block) {
+        const float *of_group = scale;
+        for (int64_t left = blocks_of_group; block < stop; ++block, --left) {
             W q[8];
             if (m.codes.first) {
                 quads_of_strings<B>(blocks.strings(block), q);
@@ -137,24 +136,22 @@ void tile_digits(const Matrix &m, int64_t tile, const float *x, const Digits &d,
                 for (int i = 0; i < B; ++i) __builtin_prefetch(codes + avx512::ahead + 16 * i);
                 quads<B>(codes, q);
             }
-            const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
+            if (S == 32 && !left) of_group += 16, left = blocks_of_group;
 #pragma GCC unroll 4
-            for (int s = 0; s < 32 / S; ++s) {
-                const int64_t segment = 32 / S * block + s;
-                W high = _mm512_setzero_si512(), middle = high, low = _mm512_set1_epi32(d.offset[segment]);
+            for (int s = 0; s < 32 / S; ++s, digits += digit_words(S)) {
+                W high = _mm512_setzero_si512(), middle = high, low = _mm512_set1_epi32(digits[0]);
 #pragma GCC unroll 8
                 for (int i = 0; i < S / 4; ++i) {
-                    const W codes = q[S / 4 * s + i];
-                    const int64_t at = 32 * block + S * s + 4 * i;
-                    high = _mm512_dpbusd_epi32(high, codes, quad(d.high + at));
-                    middle = _mm512_dpbusd_epi32(middle, codes, quad(d.middle + at));
-                    low = _mm512_dpbusd_epi32(low, codes, quad(d.low + at));
+                    high = _mm512_dpbusd_epi32(high, q[S / 4 * s + i], _mm512_set1_epi32(digits[3 + 3 * i]));
+                    middle = _mm512_dpbusd_epi32(middle, q[S / 4 * s + i], _mm512_set1_epi32(digits[4 + 3 * i]));
+                    low = _mm512_dpbusd_epi32(low, q[S / 4 * s + i], _mm512_set1_epi32(digits[5 + 3 * i]));
                 }
                 middle = avx512::sum(middle, avx512::left<8>(high));
                 low = avx512::sum(low, avx512::left<8>(middle));
-                const F product = mul(avx512::from_int(low), all(d.unit[segment]));
-                sum = fma(load(scale + group + 16 * s), product, sum);
-                less = fma(load(shift + group + 16 * s), all(sums[segment]), less);
+                const F product = mul(avx512::from_int(low), all(of_bits(static_cast<uint32_t>(digits[1]))));
+                sum = fma(load(of_group), product, sum);
+                less = fma(load(of_group + 512), all(of_bits(static_cast<uint32_t>(digits[2]))), less);
+                if (S < 32) of_group += 16;
             }
         }
         total = add(total, sub(sum, less));

@@ -78,7 +78,8 @@ inline F widen(W a, bool bfloat) {
 inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to) {
     W a[16], b[16];
     for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(lines[i] + offset);
-    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    for (int i = 0; i < 16; i += 2)
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     // four lanes of four words each, a[4 * lanes + word]
     for (int i = 0; i < 16; i += 4) {
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
@@ -194,7 +195,8 @@ inline void transpose(const uint8_t *const *lines, int64_t offset, uint32_t *to)
             __m256i a[8], b[8];
             for (int i = 0; i < 8; ++i)
                 a[i] = half_words(reinterpret_cast<const uint32_t *>(lines[lane + i] + offset + 4 * word));
-            for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+            for (int i = 0; i < 8; i += 2)
+                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
             for (int i = 0; i < 8; i += 4) {
                 a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
                 a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);

@@ -1,10 +1,9 @@
-// Evenly spaced grids on a CPU, SpQR's and `grouped`: multiply straight from the codes, and decode some rows at a time for
-// products with many tokens.
+// SpQR and `grouped` on a CPU: multiply straight from the codes, and decode some rows at a time for products with many tokens.
 //
 // SpQR's layout is drawn in README.md: tiles of 16 rows, blocks of 32 columns, so that a vector of 16 lanes reads one word of
-// each row of a tile. `grouped` lies row by row; its words are transposed into tiles on their way to the registers, which
-// costs a tenth of reading them from memory. `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each
-// kind of instructions, and one is chosen at run time. `digits.h` has one token in whole numbers, for CPUs that can do it.
+// each row of a tile. `grouped` lies row by row; its words are transposed into tiles on their way to the registers.
+// `lanes.h` has the vectors, `tile.h` what is done with one tile; both are included here once for each kind of instructions,
+// and one is chosen at run time. `digits.h` has one token in whole numbers, for CPUs that can do it.
 //
 // Nothing outside of the operands is read whatever the bytes say: sizes are compared with the shapes before the work
 // starts, x is padded as far as an outlier's column can reach, and offsets and orders are looked at before they are used.
@@ -147,12 +146,10 @@ constexpr int64_t many_columns = 128;
 
 using Many = void (*)(const Matrix &, int64_t tile, const float *x, float *y);
 
-// A token in whole numbers: x = unit * (65536 high + 256 middle + low), one unit for each segment of columns.
-struct Digits {
-    int8_t *high, *middle, *low;  // [width]
-    float *unit;                  // [segments]
-    int32_t *offset;              // [segments], the sum of the whole numbers, times minus the middle code
-};
+// A token in whole numbers: x = unit * (65536 high + 256 middle + low), one unit for each segment of columns, whose words
+// are: the sum of the whole numbers times minus the middle code; the unit; the sum of x (both float32); then, of each four
+// columns, the high, middle and low digits, four bytes each.
+constexpr int64_t digit_words(int64_t segment) { return 3 + 3 * segment / 4; }
 
 // What one kind of instructions offers: products with one token and weights of a block, both null for forms that they are
 // not made for; products with several tokens, by rising number; the weights of some blocks of a tile into [columns, step].
@@ -160,8 +157,8 @@ struct Kernels {
     Fill fill;
     void (*one)(const Matrix &, int64_t tile, const float *x, const float *sums, float *y);
     // The same in whole numbers, null where it is not made for the form or the CPU: `to_digits` says whether x can be taken.
-    bool (*to_digits)(const float *x, int64_t width, int64_t segment, int32_t center, const Digits &to);
-    void (*digits)(const Matrix &, int64_t tile, const float *x, const Digits &, const float *sums, float *y);
+    bool (*to_digits)(const float *x, const float *sums, int64_t width, int64_t segment, int32_t center, int32_t *to);
+    void (*digits)(const Matrix &, int64_t tile, const float *x, const int32_t *digits, float *y);
     std::vector<std::pair<int64_t, Many>> many;
     // Tiles `first` to `last`, `abreast` at a time, with panels of at most `most_tokens` tokens:
     // x [width / many_columns, panels, many_columns, tokens], y [tiles / abreast, panels, tokens, abreast, 16], to which it
@@ -383,8 +380,7 @@ struct Pass {
     Many many;       // null: one token, by the kernel made for that, or panels
     Floats x;        // [width, lanes], or as `Kernels::rows` takes it: columns as stored, zeros where is no column or token
     Floats sums;     // of segments, for the kernels of one token
-    Floats whole;    // what `digits` points into; null: this pass is not in whole numbers
-    Digits digits;
+    std::vector<int32_t> digits;  // empty: this pass is not in whole numbers
 };
 
 constexpr int64_t tiles_at_once = 4;    // that a thread takes
@@ -419,12 +415,9 @@ void sum_segments(Pass &pass, int64_t width, int64_t segment, int bits, const Ke
         pass.sums[i] = sum;
     }
     if (!available.digits) return;
-    const int64_t segments = width / segment;
-    pass.whole = floats(3 * width / 4 + 2 * segments);
-    auto *bytes = reinterpret_cast<int8_t *>(pass.whole.get());
-    float *unit = pass.whole.get() + 3 * width / 4;
-    pass.digits = {bytes, bytes + width, bytes + 2 * width, unit, reinterpret_cast<int32_t *>(unit + segments)};
-    if (!available.to_digits(pass.x.get(), width, segment, 1 << (bits - 1), pass.digits)) pass.whole.reset();
+    pass.digits.resize(width / segment * digit_words(segment));
+    if (!available.to_digits(pass.x.get(), pass.sums.get(), width, segment, 1 << (bits - 1), pass.digits.data()))
+        pass.digits.clear();
 }
 
 // S: `Stack` or `Grouped`.
@@ -447,7 +440,7 @@ void product(const Array<const float, 2> &x, const Array<const int64_t, 1> &star
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t first = start[g]; first < start[g + 1];) {
             const int64_t left = start[g + 1] - first;
-            Pass pass{g, first, 0, 0, 0, nullptr, {}, {}, {}, {}};
+            Pass pass{g, first, 0, 0, 0, nullptr, {}, {}, {}};
             if (available.rows && left > available.many.back().first) {
                 // equal parts, and of a part equal panels
                 const int64_t parts = (left + most_at_once - 1) / most_at_once;
@@ -507,7 +500,7 @@ void product(const Array<const float, 2> &x, const Array<const int64_t, 1> &star
         alignas(64) float sum[8 * 16];
         for (int64_t tile = first; tile < std::min(first + tiles_at_once, tiles); ++tile) {
             if (pass.many) pass.many(m, tile, pass.x.get(), sum);
-            else if (pass.whole) available.digits(m, tile, pass.x.get(), pass.digits, pass.sums.get(), sum);
+            else if (!pass.digits.empty()) available.digits(m, tile, pass.x.get(), pass.digits.data(), sum);
             else available.one(m, tile, pass.x.get(), pass.sums.get(), sum);
             const int64_t height = std::min<int64_t>(16, s.out - 16 * tile);
             for (int64_t t = 0; t < pass.tokens; ++t)

@@ -29,46 +29,55 @@ void to_tile(uint32_t *block, std::integer_sequence<int, I...>) {
 // Blocks of a tile, one after another. Of a matrix that lies row by row the words of 128 columns are transposed at a time.
 class Blocks {
   public:
-    Blocks(const Fields &of, int64_t of_tile) : from(of), tile(of_tile) {}
+    Blocks(const Fields &of, int64_t of_tile) : from(of), tile(of_tile) {
+        if (!from.first) return;
+        for (int64_t lane = 0; lane < 16; ++lane)
+            lines[lane] = from.first + std::min(16 * tile + lane, from.rows - 1) * from.stride;
+    }
 
     // The words of a tiled matrix.
     const uint32_t *at(int64_t block) {
         if (!from.first) return from.block(tile, block);
-        if (block >= begin && block < end) return place + 16 * from.bits * (block - begin);
-        strings(block);
-        for (int64_t b = 0; b < end - begin; ++b) {
-            uint32_t *words = place + 16 * from.bits * b;
-            if (from.bits == 3) to_tile<3>(words, std::make_integer_sequence<int, 3>());
-            if (from.bits == 5) to_tile<5>(words, std::make_integer_sequence<int, 5>());
-            if (from.bits == 6) to_tile<6>(words, std::make_integer_sequence<int, 6>());
-            if (from.bits == 7) to_tile<7>(words, std::make_integer_sequence<int, 7>());
+        if (block < begin || block >= end) {
+            take(block);
+            for (int64_t b = 0; b < end - begin; ++b) {
+                uint32_t *words = place + 16 * from.bits * b;
+                if (from.bits == 3) to_tile<3>(words, std::make_integer_sequence<int, 3>());
+                if (from.bits == 5) to_tile<5>(words, std::make_integer_sequence<int, 5>());
+                if (from.bits == 6) to_tile<6>(words, std::make_integer_sequence<int, 6>());
+                if (from.bits == 7) to_tile<7>(words, std::make_integer_sequence<int, 7>());
+            }
         }
-        return place;
+        return place + 16 * from.bits * (block - begin);
     }
 
     // Of a matrix that lies row by row: words that are strings of bits, as its rows are.
-    const uint32_t *strings(int64_t block) {
-        if (block >= begin && block < end) return place + 16 * from.bits * (block - begin);
-        begin = block, end = block + (from.bits == 16 ? 1 : 4);
-        const int64_t words = (end - begin) * from.bits, height = std::min<int64_t>(16, from.rows - 16 * tile);
-        const uint8_t *tile_begin = from.first + 16 * tile * from.stride, *lines[16];
-        // what comes next is the next tile: a row's share of it for each row of these blocks
-        fetch(tile_begin + 16 * from.stride + 64 * from.bits * block, 64 * words);
-        uint8_t copy[16][4 * most_words];
-        for (int64_t lane = 0; lane < 16; ++lane) {
-            const uint8_t *line = lines[lane] = tile_begin + std::min(lane, height - 1) * from.stride + 4 * from.bits * block;
-            if (from.end - line >= 4 * most_words) continue;
-            // the last rows of all
-            std::memset(copy[lane], 0, sizeof copy[lane]);
-            std::memcpy(copy[lane], line, from.end - line);
-            lines[lane] = copy[lane];
-        }
-        for (int64_t w = 0; w < words; w += 16) transpose(lines, 4 * w, place + 16 * w);
-        return place;
+    [[gnu::always_inline]] const uint32_t *strings(int64_t block) {
+        if (block < begin || block >= end) take(block);
+        return place + 16 * from.bits * (block - begin);
     }
 
   private:
     static constexpr int most_words = 32;  // of a lane: 4 blocks of 8 bits
+
+    void take(int64_t block) {
+        begin = block, end = block + (from.bits == 16 ? 1 : 4);
+        const int64_t words = (end - begin) * from.bits, offset = 4 * from.bits * block;
+        // what comes next is the next tile: a row's share of it for each row of these blocks
+        fetch(lines[0] + 16 * (from.stride + offset), 64 * words);
+        if (from.end - lines[15] >= offset + 4 * most_words) {
+            for (int64_t w = 0; w < words; w += 16) transpose(lines, offset + 4 * w, place + 16 * w);
+            return;
+        }
+        uint8_t copies[16][4 * most_words] = {};
+        const uint8_t *copy[16];
+        for (int64_t lane = 0; lane < 16; ++lane) {
+            copy[lane] = copies[lane];
+            const int64_t there = from.end - lines[lane] - offset;
+            std::memcpy(copies[lane], lines[lane] + offset, std::min<int64_t>(sizeof copies[lane], there));
+        }
+        for (int64_t w = 0; w < words; w += 16) transpose(copy, 4 * w, place + 16 * w);
+    }
 
     void fetch(const uint8_t *p, int64_t bytes) const {
         for (const uint8_t *last = std::min(p + bytes, from.end); p < last; p += 64) __builtin_prefetch(p, 0, 2);
@@ -76,6 +85,7 @@ class Blocks {
 
     const Fields &from;
     const int64_t tile;
+    const uint8_t *lines[16];
     int64_t begin = 0, end = 0;
     alignas(64) uint32_t place[16 * most_words];
 };
@@ -559,22 +569,25 @@ template <int S>
 template <int B, int S>
 void tile_one(const Matrix &m, int64_t tile, const float *x, const float *sums, float *y) {
     constexpr float center = 1 << (B - 1);
-    alignas(64) float scale[512], shift[512], apart[64] = {};
+    alignas(64) float scale[1024], *shift = scale + 512, apart[64] = {};
     Blocks blocks(m.codes, tile);
+    const int64_t blocks_of_group = m.group % 32 ? m.codes.blocks() : m.group / 32;  // where S is 32
     F total = all(0.0f);
     for (int64_t stretch = 0, block = 0; block < m.codes.blocks(); ++stretch) {
         fetch_statistics(m, tile, stretch + 1);
         scales_and_shifts(m, tile, stretch, center, scale, shift);
         const int64_t first = block, stop = m.stretch_end(stretch);
         F sum = all(0.0f), less = all(0.0f);
-        for (; block < stop; ++block) {
+        const float *of_group = scale;
+        for (int64_t left = blocks_of_group; block < stop; ++block, --left) {
             W w[B];
             const uint32_t *codes = blocks.at(block);
             for (int i = 0; i < B; ++i) __builtin_prefetch(codes + ahead + 16 * i);
             const W string = read<B, true>(codes, w);
-            const int64_t group = 16 * (S < 32 ? (block - first) * (32 / S) : 32 * block / m.group - 32 * stretch);
-            block_sums<B, S>(w, string, x + 32 * block, sums + 32 / S * block, scale + group, shift + group, sum, less,
-                             std::make_integer_sequence<int, 32 / S>());
+            if (S == 32 && !left) of_group += 16, left = blocks_of_group;
+            block_sums<B, S>(w, string, x + 32 * block, sums + 32 / S * block, of_group, of_group + 512, sum,
+                             less, std::make_integer_sequence<int, 32 / S>());
+            if (S < 32) of_group += 16 * (32 / S);
         }
         total = add(total, sub(sum, less));
         if (!m.has_outliers) continue;
