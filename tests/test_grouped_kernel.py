@@ -90,12 +90,12 @@ def torch_error(columns: int, w: Tensor, dtype: torch.dtype, many: bool) -> floa
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_of_a_ragged_matrix(isa: str, bits: int, form: dict):
     codec = Grouped(bits=bits, **form)
-    for tokens in (1, 3, 9):
+    for tokens in (1, 9):
         check(codec, [random_solution(codec, 33, 300, order=tokens == 1)], [tokens])
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 33])
-@pytest.mark.parametrize("columns", [1, 31, 33, 127, 300, 517])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+@pytest.mark.parametrize("columns", [1, 31, 33, 517])
 def test_every_edge(isa: str, rows: int, columns: int):
     for bits, form in ((3, FORMS[0]), (4, FORMS[4]), (2, FORMS[2]), (5, FORMS[6])):
         codec = Grouped(bits=bits, **form)
