@@ -15,6 +15,7 @@ from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats._shapes import check_rotated
 from halfbit.grids.deadzone import Deadzone
 from halfbit.grids.ternary import Ternary
+from halfbit.rotation import undo
 from halfbit.types import Codec, Packed, Params, Solution
 
 DTYPES = {"scale_codes": torch.uint8, "scale_grid": torch.bfloat16, "levels": torch.bfloat16}
@@ -75,6 +76,13 @@ def levels_of(packed: Packed, scale_bits: int, matrices: int) -> Tensor:
     if not torch.isfinite(scale).all():
         raise FormatError(f"{packed.codec.name}: a scale is infinite; the file is damaged", tensor="scale_grid")
     return torch.cat([-scale, scale], 1)
+
+
+def turned_back(name: str, dense: Tensor) -> Tensor:
+    """Of a matrix with rotated columns the matrix. Raises FormatError where it is not finite."""
+    if not torch.isfinite(dense := undo(dense)).all():
+        raise FormatError(f"{name}: scales are too large for this matrix; the file is damaged", tensor="scale_grid")
+    return dense
 
 
 def check(packed: Packed, scale_bits: int, matrices: int) -> None:

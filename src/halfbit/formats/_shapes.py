@@ -1,5 +1,7 @@
 """What the codecs say alike about the matrices they are given."""
 
+import torch
+
 from halfbit.errors import FormatError, Unsupported
 from halfbit.types import Codec, Packed, Solution
 
@@ -10,6 +12,23 @@ def one_shape(parts: list[Packed]) -> tuple[int, int]:
     if len(shapes) != 1:
         raise ValueError(f"only matrices of one shape can be stacked, got the shapes {shapes}")
     return shapes[0]
+
+
+def joined(codec: Codec, parts: list[Packed]) -> Packed:
+    """A stack of matrices of one shape whose tensors follow each other. Raises ValueError."""
+    rows, columns = one_shape(parts)
+    tensors = {part: torch.cat([p.tensors[part] for p in parts]) for part in codec.parts}
+    return Packed(codec, (len(parts) * rows, columns), tensors)
+
+
+def check_parts(packed: Packed, dtypes: dict[str, torch.dtype]) -> None:
+    """Raise FormatError unless the tensors are those of the codec, in these dtypes."""
+    name, t = packed.codec.name, packed.tensors
+    if set(t) != set(packed.codec.parts):
+        raise FormatError(f"{name}: expected the tensors {', '.join(packed.codec.parts)}, got {', '.join(t)}")
+    for part, tensor in t.items():
+        if tensor.dtype != dtypes[part]:
+            raise FormatError(f"{name}: {part} must be {dtypes[part]}, got {tensor.dtype}", tensor=part)
 
 
 def check_stack(packed: Packed, count: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbit.errors import FormatError, Unsupported
 from halfbit.formats._eager import eager
-from halfbit.formats._shapes import check_rotated, one_shape
+from halfbit.formats._shapes import check_parts, check_rotated, one_shape
 from halfbit.formats.qmoe import kernels, reference
 from halfbit.formats.qmoe.dictionary import PUBLISHED_P0, Dictionary, check_p0, dictionary
 from halfbit.grids.ternary import Ternary
@@ -145,13 +145,10 @@ class QMoE:
     def _check_tensors(self, packed: Packed) -> None:
         """Everything that can be seen without looking at the codewords."""
         rows = packed.shape[0]
-        if set(packed.tensors) != set(self.parts):
-            raise FormatError(f"qmoe: expected the tensors {', '.join(self.parts)}, got {', '.join(packed.tensors)}")
+        check_parts(packed, DTYPES)
         shapes = {"codewords": 1, "row_lengths": (rows,), "levels": (rows, 2), "pivots": 1}
         for part, shape in shapes.items():
             got = packed.tensors[part]
-            if got.dtype != DTYPES[part]:
-                raise FormatError(f"qmoe: {part} must be {DTYPES[part]}, got {got.dtype}", tensor=part)
             if got.ndim != shape if isinstance(shape, int) else got.shape != shape:
                 raise FormatError(f"qmoe: {part} must have shape {shape}, got {tuple(got.shape)}", tensor=part)
         said, present = int(packed.tensors["row_lengths"].to(torch.int64).sum()), packed.tensors["codewords"].shape[0]

@@ -21,10 +21,9 @@ from halfbit.errors import FormatError, Unsupported
 from halfbit.formats import _levels
 from halfbit.formats._eager import eager
 from halfbit.formats._levels import check_shape
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_parts, joined
 from halfbit.formats.quads import kernels, reference, tiles
 from halfbit.rotation import signs as signs_of
-from halfbit.rotation import undo
 from halfbit.types import Packed, Solution
 
 DTYPES = {
@@ -68,9 +67,7 @@ class Quads:
 
     def decode(self, packed: Packed) -> Tensor:
         dense = reference.values(self.codes(packed), self.runtime(packed)[5])
-        if self.rotated and not torch.isfinite(dense := undo(dense)).all():
-            raise FormatError("quads: scales are too large for this matrix; the file is damaged", tensor="scale_grid")
-        return dense
+        return _levels.turned_back(self.name, dense) if self.rotated else dense
 
     def codes(self, packed: Packed) -> Tensor:
         """uint8 `[rows, columns]`. Raises FormatError on damage."""
@@ -88,9 +85,7 @@ class Quads:
         self.decode(packed)
 
     def stack(self, parts: list[Packed]) -> Packed:
-        rows, columns = one_shape(parts)
-        tensors = {part: torch.cat([p.tensors[part] for p in parts]) for part in self.parts}
-        return Packed(self, (len(parts) * rows, columns), tensors)
+        return joined(self, parts)
 
     def part(self, packed: Packed, number: int, count: int) -> Packed:
         t = packed.tensors
@@ -132,11 +127,7 @@ class Quads:
         """Everything that can be seen without decoding; where the tiles begin."""
         rows, columns = packed.shape
         t = packed.tensors
-        if set(t) != set(self.parts):
-            raise FormatError(f"quads: expected the tensors {', '.join(self.parts)}, got {', '.join(t)}")
-        for part, dtype in DTYPES.items():
-            if t[part].dtype != dtype:
-                raise FormatError(f"quads: {part} must be {dtype}, got {t[part].dtype}", tensor=part)
+        check_parts(packed, DTYPES)
         matrices = t["masks"].shape[0] if t["masks"].ndim else 0
         if matrices == 0 or rows % matrices:
             raise FormatError(f"quads: {rows} rows are not {matrices} matrices of one shape", tensor="masks")

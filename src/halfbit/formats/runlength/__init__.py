@@ -26,11 +26,11 @@ from halfbit.errors import FormatError, RecipeError, Unsupported
 from halfbit.formats import _levels
 from halfbit.formats._eager import eager
 from halfbit.formats._levels import check_shape
-from halfbit.formats._shapes import one_shape
+from halfbit.formats._shapes import check_parts, joined
 from halfbit.formats.runlength import kernels, reference
 from halfbit.formats.runlength.lanes import EXPONENTS, Lanes
 from halfbit.formats.runlength.tables import CLASSES, tables
-from halfbit.rotation import signs, undo
+from halfbit.rotation import signs
 from halfbit.triton_support import backend
 from halfbit.types import Packed, Solution
 
@@ -95,11 +95,7 @@ class RunLength:
 
     def decode(self, packed: Packed) -> Tensor:
         dense = reference.values(self.codes(packed), self._operands(packed)[4])
-        if self.rotated and not torch.isfinite(dense := undo(dense)).all():
-            raise FormatError(
-                "runlength: scales are too large for this matrix; the file is damaged", tensor="scale_grid"
-            )
-        return dense
+        return _levels.turned_back(self.name, dense) if self.rotated else dense
 
     def codes(self, packed: Packed) -> Tensor:
         """uint8 `[rows, columns]`. Raises FormatError on damage."""
@@ -118,9 +114,7 @@ class RunLength:
         self.decode(packed)
 
     def stack(self, parts: list[Packed]) -> Packed:
-        rows, columns = one_shape(parts)
-        tensors = {part: torch.cat([p.tensors[part] for p in parts]) for part in self.parts}
-        return Packed(self, (len(parts) * rows, columns), tensors)
+        return joined(self, parts)
 
     def part(self, packed: Packed, number: int, count: int) -> Packed:
         t = packed.tensors
@@ -178,11 +172,7 @@ class RunLength:
         """Everything that can be seen without decoding."""
         rows, columns = packed.shape
         t = packed.tensors
-        if set(t) != set(self.parts):
-            raise FormatError(f"runlength: expected the tensors {', '.join(self.parts)}, got {', '.join(t)}")
-        for part, dtype in DTYPES.items():
-            if t[part].dtype != dtype:
-                raise FormatError(f"runlength: {part} must be {dtype}, got {t[part].dtype}", tensor=part)
+        check_parts(packed, DTYPES)
         matrices = t["exponents"].numel()
         check_shape(packed, "exponents", (max(matrices, 1),))
         if rows % matrices:
