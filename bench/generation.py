@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ from halfbit.nn import stored_names
 from halfbit.types import Packed
 from halfbit.writer import FORMAT_VERSION, Writer
 
+# llama.cpp's type for linear layers beside experts
+LLAMA_LINEARS = "Q4_K"
+
 
 class Encoded:
     """Random matrices by format and shape, each encoded once."""
@@ -60,11 +64,12 @@ class Encoded:
 
 
 def compressed(original: Path, folder: Path, of_experts: str, of_linears: str, weights: matrices.Statistics) -> int:
-    """Write the folder; the bytes of its weights."""
+    """Write the folder; the bytes of its weights. Of a dense model `of_experts` is the format of all linear layers."""
     config = AutoConfig.from_pretrained(original)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     stacks, encoded = find_experts(model), Encoded(weights)
+    of_linears = of_linears if stacks else of_experts
     writer = Writer(folder, "bench", {"recipe": "bench"})
     total = 0
 
@@ -134,10 +139,15 @@ def opened(folder: str) -> Any:
 
 def work(folder: str) -> None:
     """A process with one model: for each line (prompt, tokens) of the standard input one of figures."""
-    model = opened(folder)
+    if folder.endswith(".gguf"):
+        from gguf_model import Opened
+
+        write = Opened(folder, torch.get_num_threads()).written
+    else:
+        write = partial(written, opened(folder))
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(written(model, *json.loads(line))), flush=True)
+        print(json.dumps(write(*json.loads(line))), flush=True)
 
 
 class Runner:
@@ -220,6 +230,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of the original")
     parser.add_argument("--formats", default="runlength-rotated,qmoe,spqr-3bit", help="of the experts, with commas")
     parser.add_argument("--linears", default="spqr-4bit", help="format of all other linear layers")
+    parser.add_argument("--llama", help="types of llama.cpp in their places, with commas; needs gguf, llama-cpp-python")
     parser.add_argument("--zeros", type=float, default=0.885, help="share of zeros in ternary weights")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--tokens", type=int, default=16, help="that are written in one turn")
@@ -242,6 +253,13 @@ def main() -> None:
                 weights = matrices.Statistics(options.zeros)
                 compressed(original, folders[name], name, options.linears, weights)
             sizes[name] = sum(shard.stat().st_size for shard in folders[name].glob("*.safetensors"))
+        for name in options.llama.split(",") if options.llama else ():
+            import gguf_model
+
+            file = (options.folder or Path(temporary)) / f"{name}.gguf"
+            if not file.is_file():
+                gguf_model.write(original, file, name, LLAMA_LINEARS, matrices.Statistics(options.zeros))
+            folders[f"llama.cpp {name}"], sizes[f"llama.cpp {name}"] = file, file.stat().st_size
         if options.profile:
             return show_profile(list(folders.values())[-1], options.prompt, options.profile)
         rows = compare(folders, sizes, options)
