@@ -15,9 +15,9 @@ SOURCE = ROOT / "src" / "halfbit"
 OTHERS = {
     "tests/": "conformance.py: shared checks of grids, solvers, codecs; fuzz.py; golden/: published bytes; test_*.py; "
     "triton_*.py: run by test_triton.py, interpreted",
-    "bench/": "generation.py: tokens per second; loading.py: verification; generate.py: models of any size; "
-    "trillion.py: Switch c2048; gguf_model.py: the same for llama.cpp; gpu_all.py, gpu/: all of it on a GPU; triton_compile.py: what compilers make of them; "
-    "plot.py; results.csv",
+    "bench/": "generation.py, gguf_model.py: tokens per second; loading.py: verification; generate.py: models of any "
+    "size; trillion.py: Switch c2048; gpu_all.py, gpu/: all of it on a GPU; triton_compile.py: what compilers make of "
+    "kernels; plot.py; results.csv",
     "docs/": "guide.md, speed.md, folder.md, cli.md (generated), LOG.md: dated experiments, the negative ones too",
     "examples/": "demo.py; tiny-moe/: a small trained model with its texts; configs/: of large models, for plan",
 }
