@@ -65,7 +65,9 @@ def same(a: Pass, b: Pass) -> bool:
 
 
 @all_grids
-@pytest.mark.parametrize(("rows", "columns", "start", "stop"), [(33, 20, 2, 19), (1, 1, 0, 1), (77, 130, 1, 129)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "start", "stop"), [(33, 20, 2, 19), (1, 1, 0, 1), (77, 130, 1, 129), (99, 350, 3, 337)]
+)
 def test_each_weight_goes_where_float64_says(
     isa: str, grid: Grid, rows: int, columns: int, start: int, stop: int
 ) -> None:
@@ -124,9 +126,10 @@ def test_where_nothing_is_fed_back_it_is_torch_bit_for_bit(
 
 
 @all_grids
-def test_it_is_the_same_with_any_instructions_and_threads(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(1100, 24), (2150, 200)])
+def test_it_is_the_same_with_any_instructions_and_threads(grid: Grid, rows: int, columns: int) -> None:
     assert native.extension is not None
-    at = begun(grid, 2, 1100, 24)
+    at = begun(grid, 2, rows, columns)
     params = grid.ready(grid.fit(at.w))
     found = []
     threads = torch.get_num_threads()
@@ -136,7 +139,7 @@ def test_it_is_the_same_with_any_instructions_and_threads(grid: Grid, monkeypatc
             native.extension.set_isa(isa)
             torch.set_num_threads(count)
             try:
-                round_columns(found[-1], grid, params, 0, 24)
+                round_columns(found[-1], grid, params, 0, columns)
             finally:
                 torch.set_num_threads(threads)
                 native.extension.set_isa("best")
@@ -154,15 +157,15 @@ def test_what_is_not_a_number_becomes_the_least_code(isa: str) -> None:
 
 def test_other_tensors_are_refused() -> None:
     assert native.extension is not None
-    at = begun(Ternary(), 2, 5, 300)
+    at = begun(Ternary(), 2, 5, 1600)
     numbers = torch.zeros(2, 4, 5)
 
     def call(start: int, stop: int, form: str = "levels", numbers: Tensor = numbers, fed: Tensor = at.fed) -> None:
         assert native.extension is not None
         native.extension.round_columns(at.w, fed, at.codes, at.feedback, start, stop, form, numbers, 2, None, 1)
 
-    call(0, 256)
-    for wrong in ((0, 257), (-1, 3), (5, 3), (290, 301)):
+    call(0, 1536)
+    for wrong in ((0, 1537), (-1, 3), (5, 3), (1590, 1601)):
         with pytest.raises(ValueError, match="not columns of the weights"):
             call(*wrong)
     with pytest.raises(ValueError, match="form"):

@@ -3,6 +3,7 @@
 // Included once for each kind of instructions, inside a namespace and between target pragmas; no include guard. Before it:
 //   HALFBIT_VECTOR   bytes of a vector
 //   HALFBIT_WIDTH    columns whose sums are in registers together, `width`
+//   HALFBIT_VECTORS  vectors of rows of these columns
 //   fma(a, b, c)     of three vectors, rounded once
 // Results do not depend on these: each sum is added up in the order of the columns.
 
@@ -10,8 +11,8 @@ typedef int32_t Words __attribute__((vector_size(HALFBIT_VECTOR)));
 typedef uint8_t Bytes __attribute__((vector_size(HALFBIT_VECTOR / 4)));
 using Lanes = std::make_integer_sequence<int, HALFBIT_VECTOR / 4>;
 
-constexpr int lanes = HALFBIT_VECTOR / 4, width = HALFBIT_WIDTH, vectors = 2;
-static_assert(rows_of_strip % (lanes * vectors) == 0 && most_columns % width == 0);
+constexpr int lanes = HALFBIT_VECTOR / 4, width = HALFBIT_WIDTH, vectors = HALFBIT_VECTORS;
+static_assert(rows_of_strip % (lanes * vectors) == 0 && most_columns % width == 0 && columns_of_product % width == 0);
 
 [[gnu::always_inline]] inline F load(const float *p) { return *reinterpret_cast<const F *>(p); }
 [[gnu::always_inline]] inline void store(float *p, F a) { *reinterpret_cast<F *>(p) = a; }
@@ -130,22 +131,40 @@ struct BySteps {
 
 // ----------------------------------------------------------------------------------------------------------------- columns
 
-// `width` columns from `first` on; those before them are done, and are made up for. Their sums are in registers, of as many
-// rows as there are in some vectors; all loops but that over the columns before are unrolled.
-template <class Rule, bool Outlying>
-void round_some(Strip &strip, const Job &job, int first, const float *feedback) {
-    for (int row = 0; row < rows_of_strip; row += lanes * vectors) {
+// `width` columns are told what `count` others, which are done, want of them: a product of matrices whose sums are in
+// registers, of as many rows as there are in some vectors; all loops but that over the columns that are done are unrolled.
+[[gnu::always_inline]] inline void add_wanted(const float (*errors)[rows_of_strip], int count, int row, const float *feedback,
+                                              F (&sum)[width][vectors]) {
+    for (int k = 0; k < count; ++k) {
+        F error[vectors];
+        for (int v = 0; v < vectors; ++v) error[v] = load(errors[k] + row + lanes * v);
+        for (int c = 0; c < width; ++c) {
+            const F wanted = all(feedback[k * width + c]);
+            for (int v = 0; v < vectors; ++v) sum[c][v] = fma(error[v], wanted, sum[c][v]);
+        }
+    }
+}
+
+inline void tell_some(const float (*errors)[rows_of_strip], int rows, const float *feedback, float (*fed)[rows_of_strip]) {
+    for (int row = 0; row < rows; row += lanes * vectors) {
         F sum[width][vectors];
         for (int c = 0; c < width; ++c)
-            for (int v = 0; v < vectors; ++v) sum[c][v] = load(strip.fed[first + c] + row + lanes * v);
-        for (int k = 0; k < first; ++k) {
-            F error[vectors];
-            for (int v = 0; v < vectors; ++v) error[v] = load(strip.fed[k] + row + lanes * v);
-            for (int c = 0; c < width; ++c) {
-                const F wanted = all(feedback[k * width + c]);
-                for (int v = 0; v < vectors; ++v) sum[c][v] = fma(error[v], wanted, sum[c][v]);
-            }
-        }
+            for (int v = 0; v < vectors; ++v) sum[c][v] = load(fed[c] + row + lanes * v);
+        add_wanted(errors, columns_of_product, row, feedback, sum);
+        for (int c = 0; c < width; ++c)
+            for (int v = 0; v < vectors; ++v) store(fed[c] + row + lanes * v, sum[c][v]);
+    }
+}
+
+// `width` columns of a chunk from `first` on; those before the chunk are made up for, those in it are done.
+template <class Rule, bool Outlying>
+void round_some(Strip &strip, const Job &job, int rows, int chunk, int first, const float *feedback) {
+    float(*fed)[rows_of_strip] = strip.fed + chunk;
+    for (int row = 0; row < rows; row += lanes * vectors) {
+        F sum[width][vectors];
+        for (int c = 0; c < width; ++c)
+            for (int v = 0; v < vectors; ++v) sum[c][v] = load(fed[first + c] + row + lanes * v);
+        add_wanted(fed, first, row, feedback, sum);
         Words codes[vectors];
 #pragma GCC unroll 8
         for (int c = 0; c < width; ++c) {
@@ -157,14 +176,14 @@ void round_some(Strip &strip, const Job &job, int first, const float *feedback) 
                 Rounded to = Rule(strip.numbers, at, job.largest)(whole);
                 if constexpr (Outlying) {
                     const F away = whole - to.value, kept = to_16_bits(whole, job.kept);
-                    const Words far = (away * away * all(strip.importance[column]) > all(strip.limit)) &
+                    const Words far = (away * away * all(strip.importance[chunk + column]) > all(strip.limit)) &
                                       ((bits(kept) & INT32_MAX) < 0x7F800000);
                     to = {to.code & ~far, far ? kept : to.value};
                     store(strip.w[column] + at, whole);
                     *reinterpret_cast<Bytes *>(strip.far[column] + at) = __builtin_convertvector(far & 1, Bytes);
                 }
                 sum[c][v] = w - to.value;
-                store(strip.fed[column] + at, sum[c][v]);
+                store(fed[column] + at, sum[c][v]);
                 codes[v] = c % 4 ? codes[v] | to.code << 8 * (c % 4) : to.code;
                 if (c % 4 == 3) std::memcpy(strip.codes[column / 4] + at, &codes[v], HALFBIT_VECTOR);
             }
@@ -178,48 +197,69 @@ void round_some(Strip &strip, const Job &job, int first, const float *feedback) 
     }
 }
 
-// On the way the next strip is fetched, a few rows and columns with each block: it lies in other pages, which the processor
-// does not foresee.
 template <class Rule, bool Outlying>
-void round_all(Strip &strip, const Job &job, int64_t at, const float *fed, const float *feedback) {
-    constexpr int64_t line = 64;
-    const int64_t columns = job.stop - job.start, blocks = (columns + width - 1) / width;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * width, next = at + rows_of_strip * job.columns;
-        for (int64_t row = block * rows_of_strip / blocks; row < (block + 1) * rows_of_strip / blocks; ++row) {
-            const int64_t place = next + row * job.columns;
-            for (int64_t c = 0; c < columns; c += line / 4) __builtin_prefetch(job.w + place + c);
-            for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(job.codes + place + c, 1);
-        }
-        for (int64_t c = first; c < std::min(first + width, columns); ++c)
-            for (int row = rows_of_strip; row < 2 * rows_of_strip; row += line / 4) __builtin_prefetch(fed + c * job.rows + row, 1);
-        round_some<Rule, Outlying>(strip, job, static_cast<int>(first), feedback);
+void round_all(Strip &strip, const Job &job, int rows, int chunk, int count, const float *feedback) {
+    for (int first = 0; first < count; first += width) {
+        round_some<Rule, Outlying>(strip, job, rows, chunk, first, feedback);
         feedback += (first + width) * width;
     }
 }
 
-inline void round_strip(Strip &strip, const Job &job, int64_t at, const float *fed, const float *feedback) {
+// All columns of a chunk, `count`.
+inline void round_chunk(Strip &strip, const Job &job, int rows, int chunk, int count, const float *feedback) {
     const bool outlying = job.outlying != nullptr;
     const auto round = job.form == Form::levels ? outlying ? round_all<ByLevels, true> : round_all<ByLevels, false>
                                                 : outlying ? round_all<BySteps, true> : round_all<BySteps, false>;
-    round(strip, job, at, fed, feedback);
+    round(strip, job, rows, chunk, count, feedback);
+}
+
+// Part `part` of `parts` of what a chunk begins with, into the second-level cache: rows of weights and codes, columns of what
+// is fed. They lie in other pages, which the processor does not foresee.
+inline void fetch(const Job &job, int64_t expert, int64_t row, int64_t column, int part, int parts) {
+    constexpr int64_t line = 64;
+    if (row >= job.rows) return;
+    const int64_t columns = std::min<int64_t>(columns_of_chunk, job.stop - column);
+    for (int64_t r = part * rows_of_strip / parts; r < (part + 1) * rows_of_strip / parts; ++r) {
+        const int64_t place = (expert * job.rows + row + r) * job.columns + column;
+        for (int64_t c = 0; c < columns; c += line / 4) __builtin_prefetch(job.w + place + c, 0, 2);
+        for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(job.codes + place + c, 1, 2);
+    }
+    for (int64_t c = part * columns / parts; c < (part + 1) * columns / parts; ++c)
+        for (int r = 0; r < rows_of_strip; r += line / 4)
+            __builtin_prefetch(job.fed + (expert * job.columns + column + c) * job.rows + row + r, 1, 2);
 }
 
 // `count` rows from `row` on.
 inline void round_rows(Strip &strip, const Job &job, int64_t expert, int64_t row, int count, const float *feedback) {
     const int columns = static_cast<int>(job.stop - job.start);
-    const int64_t at = (expert * job.rows + row) * job.columns + job.start;
-    float *fed = job.fed + (expert * job.columns + job.start) * job.rows + row;
     for (int i = 0; i < 4; ++i) std::copy_n(job.numbers + (4 * expert + i) * job.rows + row, count, strip.numbers[i]);
-    read_rows(job.w + at, job.columns, count, columns, strip.w);
-    const auto each = [&](const auto &copy) {
-        for (int c = 0; c < columns; ++c) copy(strip.fed[c], fed + c * job.rows);
-    };
-    if (count == rows_of_strip) each([](float *own, const float *all) { std::memcpy(own, all, 4 * rows_of_strip); });
-    else each([=](float *own, const float *all) { std::copy_n(all, count, own); });
-    round_strip(strip, job, at, fed, feedback);
-    if (count == rows_of_strip) each([](const float *own, float *all) { std::memcpy(all, own, 4 * rows_of_strip); });
-    else each([=](const float *own, float *all) { std::copy_n(own, count, all); });
-    write_rows(strip.codes, job.columns, count, columns, job.codes + at);
-    if (job.outlying) strip.write_outliers(job, at, count);
+    for (int chunk = 0; chunk < columns; chunk += columns_of_chunk) {
+        const int own = std::min(columns_of_chunk, columns - chunk);
+        const int64_t at = (expert * job.rows + row) * job.columns + job.start + chunk;
+        float *fed = job.fed + (expert * job.columns + job.start + chunk) * job.rows + row;
+        const auto each = [&](const auto &copy) {
+            for (int c = 0; c < own; ++c) copy(strip.fed[chunk + c], fed + c * job.rows);
+        };
+        read_rows(job.w + at, job.columns, count, own, strip.w);
+        if (count == rows_of_strip) each([](float *own, const float *all) { std::memcpy(own, all, 4 * rows_of_strip); });
+        else each([=](float *own, const float *all) { std::copy_n(all, count, own); });
+        // the next chunk, or the first of the next strip
+        const bool last = chunk + own == columns;
+        const int64_t next_row = last ? row + rows_of_strip : row, next_column = job.start + (last ? 0 : chunk + own);
+        const int parts = std::max(1, chunk / columns_of_product);
+        if (chunk == 0) fetch(job, expert, next_row, next_column, 0, 1);
+        for (int done = 0; done < chunk; done += columns_of_product) {
+            fetch(job, expert, next_row, next_column, done / columns_of_product, parts);
+            for (int first = 0; first < own; first += width) {
+                tell_some(strip.fed + done, count, feedback, strip.fed + chunk + first);
+                feedback += columns_of_product * width;
+            }
+        }
+        round_chunk(strip, job, count, chunk, own, feedback);
+        feedback += sums_of(own, width);
+        if (count == rows_of_strip) each([](const float *own, float *all) { std::memcpy(all, own, 4 * rows_of_strip); });
+        else each([=](const float *own, float *all) { std::copy_n(own, count, all); });
+        write_rows(strip.codes, job.columns, count, own, job.codes + at);
+        if (job.outlying) strip.write_outliers(job, at, own, count);
+    }
 }

@@ -15,8 +15,11 @@ from halfbit import native
 from halfbit.grids.bilevel import DTYPES
 from halfbit.types import Grid, Levels, Outliers, Params, Steps
 
-# columns at most that `round_columns` takes: for so many the kernel's strip of rows stays in the second-level cache
-MOST = 128
+# columns at most that `round_columns` takes: by the kernel, whose strip of rows stays in the second-level cache for so
+# many, and in torch, which has copies of them
+MOST, FEW = 1536, 128
+# where columns are halved
+UNIT = 64
 # in torch on a CPU, weights of a column, of experts side by side: the few tensors that rounding takes stay in its cache
 CACHED = 1 << 15
 
@@ -66,14 +69,20 @@ class Pass:
     far: Far | None
 
 
+def most(sweep: Pass, grid: Grid, params: Params) -> int:
+    """Columns that `round_columns` takes under `params`, ready."""
+    plain = grid.plain(params)
+    return MOST if plain is not None and _takes(sweep, plain) else FEW
+
+
 def round_columns(sweep: Pass, grid: Grid, params: Params, start: int, stop: int) -> None:
-    """Round columns `start` to `stop`, MOST at most and of one group, which were told of all before `start`.
+    """Round columns `start` to `stop`, no more than `most` and of one group, which were told of all before `start`.
 
     Args:
         params: of the group, ready.
     """
     plain = grid.plain(params)
-    if plain is not None and native.extension is not None and _takes(sweep, plain):
+    if plain is not None and _takes(sweep, plain):
         _by_kernel(sweep, plain, start, stop)
         return
     experts, out, _ = sweep.w.shape
@@ -90,7 +99,8 @@ def round_columns(sweep: Pass, grid: Grid, params: Params, start: int, stop: int
 
 def _takes(sweep: Pass, plain: Levels | Steps) -> bool:
     numbers = plain.low if isinstance(plain, Levels) else plain.step
-    return sweep.w.is_cpu and sweep.w.dtype == numbers.dtype == torch.float32
+    fits = sweep.w.is_cpu and sweep.w.dtype == numbers.dtype == torch.float32
+    return fits and native.extension is not None
 
 
 def _by_kernel(sweep: Pass, plain: Levels | Steps, start: int, stop: int) -> None:

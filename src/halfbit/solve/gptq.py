@@ -7,10 +7,10 @@ https://arxiv.org/abs/2307.13304, theorem 6): a third to a half of the multiplic
 e of column j costs e^2 D_jj once the columns behind have made up for it.
 
 Columns are taken by halves: first all of the first half, then what it wants of the second in one product, then the
-second; down to some columns of one group, which `columns.py` rounds one after another. So nearly all that is fed back
-goes through products of large matrices. Experts are solved side by side, as in QMoE, since one small expert does not
-fill a machine. A weight whose rounding would cost more than a threshold stays in 16 bits (`outliers.py`); the error of
-those 16 bits is fed back like any other.
+second; down to columns of one group, no more than some, which `columns.py` rounds one after another. So nearly all that
+is fed back goes through products of large matrices. Experts are solved side by side, as in QMoE, since one small expert
+does not fill a machine. A weight whose rounding would cost more than a threshold stays in 16 bits (`outliers.py`); the
+error of those 16 bits is fed back like any other.
 `solve/naive.py` is the same thing without the factorisation; the tests hold the two equal.
 """
 
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from halfbit import pages
 from halfbit.errors import NonFinite, RecipeError, Unsupported
 from halfbit.grids.bilevel import DTYPES, Bilevel
 from halfbit.solve import columns
@@ -176,11 +177,13 @@ class _Sweep:
         if limit is not None and isinstance(grid, Bilevel):
             outlying = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
             far = Far(limit.contiguous(), problem.importance.contiguous(), grid.dtype, outlying, torch.empty_like(w))
-        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        self._at = Pass(w, problem.feedback.contiguous(), w.new_zeros(experts, self._n, out), codes, far)
+        codes = pages.zeros(w.shape, torch.uint8, w.device)
+        fed = pages.zeros((experts, self._n, out), w.dtype, w.device)
+        self._at = Pass(w, problem.feedback.contiguous(), fed, codes, far)
         self._params: list[Params] = []
         # of the group that is being rounded
         self._ready: Params = {}
+        self._most = columns.FEW
 
     def answer(self) -> Answer:
         self._columns(0, self._n)
@@ -193,10 +196,10 @@ class _Sweep:
         """Round columns `start` to `stop`, which were told of all before them: all of a group, or several groups."""
         if start % self._group == 0 and stop == min(start + self._group, self._n):
             self._fit(start, stop)
-        if stop - start <= min(columns.MOST, self._group):
+        if stop - start <= min(self._most, self._group):
             columns.round_columns(self._at, self._grid, self._ready, start, stop)
             return
-        middle = start + half(stop - start, self._group if stop - start > self._group else columns.MOST)
+        middle = start + half(stop - start, self._group if stop - start > self._group else columns.UNIT)
         self._columns(start, middle)
         wanted = self._at.feedback[:, start:middle, middle:stop].mT
         self._at.fed[:, middle:stop].baddbmm_(wanted, self._at.fed[:, start:middle])
@@ -216,3 +219,4 @@ class _Sweep:
             params = self._grid.fit(inner, weights, original=those, limit=far.limit)
         self._params.append(params)
         self._ready = self._grid.ready(params)
+        self._most = columns.most(self._at, self._grid, self._ready)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from halfbit import pages
 from halfbit.errors import NonFinite, NotPositiveDefinite
 from halfbit.solve.loss import finite
 
@@ -28,9 +29,9 @@ SMALLEST_DAMPING = 1e-6
 LARGEST_DAMPING = 100.0
 # columns of a sum that are added to at a time; for fewer tokens copying the other half would cost more than it saves
 PANEL = 512
-# columns that are factored at a time, and of those again: products of fewer than 512 are slower, and from 160 on MKL's
-# potrf gives other bits with another number of threads, also where it was asked for the same
-BLOCKS = 512, 128
+# columns that are factored at a time, of those again, and so on: products of fewer than 512 are slower, and from 160 on
+# MKL's potrf gives other bits with another number of threads, also where it was asked for the same
+BLOCKS = 512, 256, 128
 # from this damping on float32 is enough
 DAMPED = 0.01
 # 1 GiB of float64 per factorisation
@@ -144,21 +145,16 @@ def factor(
 ) -> tuple[Float[Tensor, "experts in in"], list[Repair]]:
     """R, upper triangular with R R^T the damped H, and what had to be repaired, expert by expert.
 
+    Below its diagonal there is anything.
+
     Computed in float64, or in float32 where `damping` is at least DAMPED, and returned in the dtype of `h`.
 
     A Hessian that is not positive definite is tried again with ten times the damping, up to 100 times the mean of the
     diagonal. If that fails too, or if the Hessian is zero because the expert saw nothing, `fallback` decides:
     "identity" (rounding to nearest) or "raise" NotPositiveDefinite.
     """
-    if False in (found := finite(h)):
-        name = names[found.index(False)]
-        raise NonFinite(
-            f"{name}: its Hessian has NaN or infinity, so an activation was not finite, or its square not in float32; "
-            "the checkpoint may be damaged, or the model's activations too large for the dtype it runs in",
-            tensor=name,
-        )
     n = h.shape[-1]
-    factors = torch.empty_like(h)
+    factors = pages.zeros(h.shape, h.dtype, h.device)
     repairs: list[Repair] = []
     at_once = max(1, WORKSPACE_ELEMENTS // max(n * n, 1))
     for start in range(0, h.shape[0], at_once):
@@ -168,6 +164,10 @@ def factor(
         info = _factor(_damp(a, damping))
         if not same:
             to.copy_(a)
+        # whatever is not finite comes to the diagonal, or does not let it be factored
+        info = info | ~torch.isfinite(to.diagonal(dim1=-2, dim2=-1)).all(-1)
+        if info.any():
+            _check_finite(part, names[start:])
         unseen = part.diagonal(dim1=-2, dim2=-1).abs().amax(-1) == 0
         for i in map(int, torch.nonzero((info != 0) | unseen)):
             repaired, repair = _repair(part[i], damping, names[start + i], fallback, unseen=bool(unseen[i]))
@@ -176,29 +176,47 @@ def factor(
     return factors, repairs
 
 
-def _factor(a: Float[Tensor, "experts in in"], blocks: Sequence[int] = BLOCKS) -> Int[Tensor, " experts"]:
-    """R in place of the damped H; 0 per expert where it worked.
+def _check_finite(h: Float[Tensor, "experts in in"], names: Sequence[str]) -> None:
+    if False in (found := finite(h)):
+        name = names[found.index(False)]
+        raise NonFinite(
+            f"{name}: its Hessian has NaN or infinity, so an activation was not finite, or its square not in float32; "
+            "the checkpoint may be damaged, or the model's activations too large for the dtype it runs in",
+            tensor=name,
+        )
 
-    By blocks of columns from the last to the first, so that nearly all of it is large products; LAPACK's takes twice as
-    long in one thread.
-    """
-    (block, *inner), n = blocks, a.shape[-1]
+
+def _factor(a: Float[Tensor, "experts in in"]) -> Int[Tensor, " experts"]:
+    """R in place of the damped H, below the diagonal anything; 0 per expert where it worked."""
     failed = torch.zeros(len(a), dtype=torch.int32, device=a.device)
-    for stop in range(n, 0, -block):
-        start = max(stop - block, 0)
-        own, above = a[:, start:stop, start:stop], a[:, :start, start:stop]
-        a[:, :stop, start:stop].baddbmm_(a[:, :stop, stop:], a[:, start:stop, stop:].mT, alpha=-1)
+    _panel(a, 0, a.shape[-1], BLOCKS, failed)
+    return failed
+
+
+def _panel(
+    a: Float[Tensor, "experts in in"], first: int, last: int, blocks: Sequence[int], failed: Int[Tensor, " experts"]
+) -> None:
+    """Columns `first` to `last` of R, which were told of all behind them, in place of those of H.
+
+    By blocks of columns from the last to the first, and these by smaller ones, so that nearly all of it is large
+    products; LAPACK's takes twice as long in one thread.
+    """
+    block, *inner = blocks
+    for stop in range(last, first, -block):
+        start = max(stop - block, first)
+        if stop < last:
+            told = a[:, start:stop, stop:last].mT
+            a[:, :stop, start:stop].baddbmm_(a[:, :stop, stop:last], told, alpha=-1)
         if inner:
-            failed |= _factor(own, inner)
-        else:
-            lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
-            failed |= info
-            own.copy_(lower.flip(-1, -2))
+            _panel(a, start, stop, inner, failed)
+            continue
+        own, above = a[:, start:stop, start:stop], a[:, :start, start:stop]
+        lower, info = torch.linalg.cholesky_ex(own.flip(-1, -2))
+        failed |= info
+        own.copy_(lower.flip(-1, -2))
         if start > 0:
             eye = torch.eye(stop - start, dtype=a.dtype, device=a.device)
             above.copy_(above @ torch.linalg.solve_triangular(own, eye, upper=True).mT)
-    a.triu_()
-    return failed
 
 
 def _repair(
