@@ -41,8 +41,7 @@ class Ternary:
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """{"levels": [..., out, 2]}, low then high."""
         dtype = DTYPES[self.dtype]
-        low, high = torch.aminmax(w, dim=-1)
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         # a NaN is the least and the largest of its row
         if not torch.isfinite(low + high).all():
             raise NonFinite("Ternary: a weight is NaN or infinite, so its row has no range")
