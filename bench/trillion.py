@@ -310,7 +310,7 @@ def solver(clock: Clock, config: dict[str, Any], options: argparse.Namespace, pe
 
 
 def alone(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Solver]:
-    """The solver of the recipe on random matrices, without anything around it, by shape; the best of three, as of rates."""
+    """The solver of the recipe on random matrices, nothing around it, by shape; the best of three, as of the rate."""
     random_, clock = torch.Generator().manual_seed(0), Clock(options.device)
     chosen, count, found = recipe.load("qmoe"), options.experts, {}
     (grid,) = {rule.grid for rule in chosen.rules if rule.grid is not None}
