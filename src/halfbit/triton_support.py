@@ -82,6 +82,8 @@ def _module(name: str) -> str | None:
 
 def backend(name: str, t: Tensor) -> ModuleType | None:
     """The kernels of format `name` where they serve tensors like `t`; None where it has none, or they do not run."""
+    if t.is_cpu and not INTERPRETED:  # asked for each product: from cold caches all else takes 30 microseconds
+        return None
     return _kernels(name) if runs_on(t.device) else None
 
 

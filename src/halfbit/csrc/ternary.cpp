@@ -168,6 +168,25 @@ const uint32_t *Lists::add(int64_t row, const uint32_t *entry, const uint32_t *e
     return entry;
 }
 
+void Lists::add(int64_t row, int64_t chunk, const uint8_t *minus, int64_t minuses, const uint8_t *plus, int64_t pluses) {
+    // each list is filled up by three at most; sixteen more may be written
+    if (store.size() < static_cast<size_t>(used + minuses + pluses + 22)) store.resize(2 * store.size() + 2 * chunk_columns + 22);
+    const auto count = static_cast<uint16_t>(std::min(chunk_columns, width - chunk * chunk_columns));
+    Place &place = found[chunk * rows + row];
+    const auto put = [&](const uint8_t *from, int64_t numbers) {
+        uint16_t *to = store.data() + used;
+        for (int64_t first = 0; first < numbers; first += 16)
+            for (int64_t i = first; i < first + 16; ++i) to[i] = from[i];
+        for (int64_t i = 0; i < 3; ++i) to[numbers + i] = count;
+        used += ceil_div(numbers, 4) * 4;
+    };
+    place.minus = static_cast<uint32_t>(used);
+    put(minus, minuses);
+    place.plus = static_cast<uint32_t>(used);
+    put(plus, pluses);
+    place.end = static_cast<uint32_t>(used);
+}
+
 void product(const Source &source, const std::vector<Group> &groups, const float *x, int64_t columns, const float *levels,
              int64_t step, float *y, int64_t out, int threads) {
     std::vector<std::vector<Part>> parts(groups.size());

@@ -25,6 +25,10 @@ public:
     // column is not taken; returns where that begins.
     const uint32_t *add(int64_t row, const uint32_t *entry, const uint32_t *end, uint32_t base = 0);
 
+    // The same of one chunk: `minuses` columns of code 1 and `pluses` of code 2, counted from the chunk's first, in any
+    // order; 16 bytes behind either may be read.
+    void add(int64_t row, int64_t chunk, const uint8_t *minus, int64_t minuses, const uint8_t *plus, int64_t pluses);
+
     // Of a row and a chunk: where the lists of code 1 and of code 2 begin, and where the second ends.
     struct Place {
         uint32_t minus, plus, end;

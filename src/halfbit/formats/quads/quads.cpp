@@ -3,8 +3,8 @@
 // A tile's patterns and signs become one byte per group that is not all zeros, its four columns in two bits each: 0, 1 or 2.
 // Bit deposits do eight groups at a time. A block of 256 columns is then one expansion of bytes to their places in a vector
 // of 64, whose sixteen words hold sixteen codes each: a shift, a permutation of the levels and a multiply-add take the codes
-// of sixteen columns that lie side by side, as x does. That is AVX-512 with VBMI2, for up to 32 tokens, four at a
-// time. Everything else goes through lists of columns (`ternary.h`).
+// of sixteen columns that lie side by side, as x does. That is AVX-512 with VBMI2, for up to 8 tokens, four at a
+// time. More go through lists of columns (`ternary.h`), which such CPUs make by compressing a block's columns by masks.
 //
 // No memory but the operands is touched whatever the bytes say: the number of patterns follows from the masks and is
 // compared with where the tile ends, a tile whose signs do not end there raises, and signs are not read behind the tile's.
@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -52,7 +53,7 @@ constexpr int64_t block_columns = 256, tile_rows = 32, tile_blocks = 8;
 constexpr int64_t most_groups = tile_rows * tile_blocks * 64;
 constexpr int64_t spare = 320;          // bytes that may be read behind a tile's patterns and signs
 constexpr int64_t most_tokens = 4;      // of the kernel with vectors of columns: x of a tile fits the first-level cache
-constexpr int64_t few_tokens = 32;      // of a matrix, for which that kernel is taken
+constexpr int64_t few_tokens = 8;       // of a matrix, for which that kernel is taken
 constexpr int64_t tiny_work = 1 << 20;  // weights times passes that are worth a thread: some 50 microseconds
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -240,6 +241,53 @@ inline uint32_t *block_weights(uint64_t mask, const uint8_t *&group, uint32_t ba
     return to;
 }
 
+// Columns of one block, of code 1 and of code 2, to lists that have room for a vector more.
+struct Columns {
+    uint8_t minus[block_columns + 64], plus[block_columns + 64];
+    int64_t minuses, pluses;
+};
+
+// Of the first `count` columns of a block. Damaged patterns may name others, which are left out.
+using List = void (*)(uint64_t mask, const uint8_t *group, int64_t count, Columns &to);
+
+#ifdef HALFBIT_X86
+HALFBIT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")
+
+void list_block(uint64_t mask, const uint8_t *group, int64_t count, Columns &to) {
+    const __m512i codes = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(group));
+    // group i has the columns 64 (i % 4) + i / 4 + 16 f
+    const __m512i in_order = _mm512_set_epi8(
+        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32,
+        31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i fours = _mm512_and_si512(_mm512_srli_epi16(in_order, 2), _mm512_set1_epi8(15));
+    const __m512i first = _mm512_add_epi8(_mm512_slli_epi16(_mm512_and_si512(in_order, _mm512_set1_epi8(3)), 6), fours);
+    int64_t minuses = 0, pluses = 0;
+    for (int f = 0; f < 4; ++f) {
+        const __m512i columns = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(16 * f)));
+        const __mmask64 there = count >= block_columns
+            ? ~__mmask64{0} : _mm512_cmplt_epu8_mask(columns, _mm512_set1_epi8(static_cast<char>(count)));
+        const __mmask64 minus = _mm512_mask_test_epi8_mask(there, codes, _mm512_set1_epi8(static_cast<char>(1 << 2 * f)));
+        const __mmask64 plus = _mm512_mask_test_epi8_mask(there, codes, _mm512_set1_epi8(static_cast<char>(2 << 2 * f)));
+        _mm512_storeu_si512(to.minus + minuses, _mm512_maskz_compress_epi8(minus, columns));
+        _mm512_storeu_si512(to.plus + pluses, _mm512_maskz_compress_epi8(plus, columns));
+        minuses += __builtin_popcountll(minus), pluses += __builtin_popcountll(plus);
+    }
+    to.minuses = minuses, to.pluses = pluses;
+}
+HALFBIT_TARGET_END
+#endif
+
+// Null where the CPU has no such instructions.
+List list_of() {
+#ifdef HALFBIT_X86
+    static const bool compresses = __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&
+                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                   __builtin_cpu_supports("avx512vl");
+    if (halfbit::active_isa >= Isa::avx512 && compresses) return list_block;
+#endif
+    return nullptr;
+}
+
 // ------------------------------------------------------------------------------------------------------------ one to four
 
 // One tile times T tokens: x [T, stride], 64-byte aligned, of the tile's columns; levels [rows, 2]; added to sums [rows, T].
@@ -362,6 +410,7 @@ public:
     int64_t height(int64_t) const override { return tile_rows; }
 
     void decode(int64_t matrix, int64_t first, int64_t last, halfbit::ternary::Lists &lists) const override {
+        if (const List list = list_of()) return blocks_to(list, matrix, first, last, lists);
         const uint64_t *masks = from.masks + matrix * cut.rows * cut.blocks;
         // of each row of a band; a cache line more, or all rows would share a few places of the cache
         const int64_t stride = cut.columns + 4 + 16;
@@ -396,6 +445,25 @@ public:
     }
 
 private:
+    void blocks_to(List list, int64_t matrix, int64_t first, int64_t last, halfbit::ternary::Lists &lists) const {
+        static_assert(block_columns == halfbit::ternary::chunk_columns);
+        const uint64_t *masks = from.masks + matrix * cut.rows * cut.blocks;
+        const auto groups = std::make_unique<Groups>();
+        Columns found;
+        for (int64_t index = first / tile_rows * cut.segments; index < ceil_div(last, tile_rows) * cut.segments; ++index) {
+            const Tile tile(cut, index);
+            groups->unpack(from, cut, tile, masks, matrix * cut.tiles() + index);
+            const uint8_t *group = groups->bytes;
+            for (int64_t row = tile.row; row < tile.row + tile.rows; ++row)
+                for (int64_t b = tile.block; b < tile.block + tile.blocks; ++b) {
+                    const uint64_t mask = masks[row * cut.blocks + b];
+                    list(mask, group, cut.columns - block_columns * b, found);
+                    group += __builtin_popcountll(mask);
+                    lists.add(row - first, b, found.minus, found.minuses, found.plus, found.pluses);
+                }
+        }
+    }
+
     const Stack &from;
     const Cut &cut;
 };
