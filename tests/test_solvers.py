@@ -58,7 +58,8 @@ def test_gptq_is_independent_of_how_columns_and_experts_are_taken(
 ):
     w, h = problem(3, 9, 50, 80)
     usual = gptq(w, h, grid, names=NAMES)
-    monkeypatch.setattr("halfbit.solve.columns.MOST", kept)
+    monkeypatch.setattr("halfbit.solve.columns.FEW", kept)
+    monkeypatch.setattr("halfbit.solve.columns.UNIT", 1)
     monkeypatch.setattr("halfbit.solve.columns.CACHED", cached)
     for a, b in zip(gptq(w, h, grid, names=NAMES), usual, strict=True):
         assert same(a, b)

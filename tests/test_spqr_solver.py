@@ -90,7 +90,8 @@ def test_spqr_is_independent_of_how_columns_and_experts_are_taken(
     w, h = problem(2, 9, 50)
     kwargs = {"names": NAMES, "order": "act_order", "outliers": 0.2}
     usual = gptq(w, h, QUICK, **kwargs)
-    monkeypatch.setattr("halfbit.solve.columns.MOST", kept)
+    monkeypatch.setattr("halfbit.solve.columns.FEW", kept)
+    monkeypatch.setattr("halfbit.solve.columns.UNIT", 1)
     monkeypatch.setattr("halfbit.solve.columns.CACHED", cached)
     for a, b in zip(gptq(w, h, QUICK, **kwargs), usual, strict=True):
         assert_same(a, b)
