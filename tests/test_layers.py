@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "halfbit"
 
 LAYERS = (
     {"errors", "rotation", "learner"},
-    {"disk", "heap", "pipeline"},
+    {"disk", "heap", "pages", "pipeline"},
     {"types", "native", "events", "triton_support"},
     {"untrusted"},
     {"registry", "bits", "config", "dequantize"},
