@@ -24,6 +24,9 @@ F32, F64 = 4, 8
 FACTORING = 2
 # weights of other groups while one is solved, in weights of a group
 PIPELINE = 3
+# of what a group takes at its fullest, what the C library keeps in pieces between large tensors after some blocks (measured:
+# 107 and 180 MiB of 400)
+PIECES = 0.4
 # copies of the Hessians while they move towards the pooled one
 SHRINKING = 3
 # what libraries add to the process that plans, until it solves; and tokenizer, text and what products leave behind
@@ -223,6 +226,7 @@ def solving(blueprint: Blueprint, recipe: Recipe, packed: list[Matrices], sample
                     linear = max(linear, need)
             if routed:
                 host[ACTIVATIONS[1]] = routed
+            host["freed, in pieces"] = int(PIECES * group)
             # the experts of a module, side by side and as one tall matrix, when nothing else is left of them
             fullest = max(group, linear + _hessians_of_linears(here), forward, compressed)
             name = "one batch in the block"
