@@ -46,7 +46,7 @@ def repack_command(
         str,
         typer.Option(
             help="compact: the smallest file. fast: ternary matrices take about 0.1 bits per weight more and multiply "
-            "few tokens several times as fast on CPUs."
+            "one to four tokens 1.1 to 1.7 times as fast on CPUs with AVX-512."
         ),
     ],
     as_json: AsJson = False,
