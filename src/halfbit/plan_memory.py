@@ -24,8 +24,8 @@ F32, F64 = 4, 8
 FACTORING = 2
 # weights of other groups while one is solved, in weights of a group
 PIPELINE = 3
-# of what a group takes at its fullest, what the C library keeps in pieces between large tensors after some blocks (measured:
-# 107 and 180 MiB of 400)
+# of what a group takes at its fullest, what the C library keeps in pieces between large tensors after some blocks
+# (measured: 107 and 180 MiB of 400)
 PIECES = 0.4
 # copies of the Hessians while they move towards the pooled one
 SHRINKING = 3

@@ -1,7 +1,8 @@
 """Layouts of ternary matrices: the smallest bytes, or those that multiply fastest on CPUs.
 
-`compact` is `runlength`; `fast` is `quads`, which takes about 0.1 bits per weight more and multiplies one to four tokens
-1.1 to 1.7 times as fast with AVX-512. `halfbit compress` solves for one of them, `halfbit repack` turns one into the other.
+`compact` is `runlength`; `fast` is `quads`, which takes about 0.1 bits per weight more and multiplies one to four
+tokens 1.1 to 1.7 times as fast with AVX-512. `halfbit compress` solves for one of them, `halfbit repack` turns one into
+the other.
 """
 
 from halfbit.errors import UnknownName
