@@ -3,10 +3,10 @@
 `halfbit::qmoe_product` is an operator of torch.library, so that torch.compile and fake tensors know it.
 """
 
-import torch
 from torch import Tensor
 
 from halfbit import native
+from halfbit.formats._operator import product_operator
 from halfbit.formats.qmoe import reference
 from halfbit.formats.qmoe.dictionary import Dictionary
 from halfbit.triton_support import backend
@@ -42,14 +42,4 @@ def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int
     return implementation.product(x, starts, codewords, row_offsets, levels, entries, out_features)
 
 
-product = torch.library.custom_op(
-    "halfbit::qmoe_product",
-    multiply,
-    mutates_args=(),
-    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
-)
-
-
-@product.register_fake
-def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+product = product_operator("qmoe", multiply)

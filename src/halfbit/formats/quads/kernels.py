@@ -5,10 +5,10 @@
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from halfbit import native
+from halfbit.formats._operator import product_operator
 from halfbit.formats.quads import reference
 
 if native.extension is not None:
@@ -34,14 +34,4 @@ def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int
     return _of(x).product(x, starts, *tensors, out_features)
 
 
-product = torch.library.custom_op(
-    "halfbit::quads_product",
-    multiply,
-    mutates_args=(),
-    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
-)
-
-
-@product.register_fake
-def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+product = product_operator("quads", multiply)

@@ -5,10 +5,10 @@
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from halfbit import native
+from halfbit.formats._operator import product_operator
 from halfbit.formats.runlength import reference
 from halfbit.formats.runlength.lanes import Lanes
 from halfbit.triton_support import backend
@@ -38,14 +38,4 @@ def multiply(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int
     return _of(x).product(x, starts, *tensors, out_features)
 
 
-product = torch.library.custom_op(
-    "halfbit::runlength_product",
-    multiply,
-    mutates_args=(),
-    schema="(Tensor x, Tensor starts, Tensor[] tensors, int out_features) -> Tensor",
-)
-
-
-@product.register_fake
-def _(x: Tensor, starts: Tensor, tensors: list[Tensor], out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+product = product_operator("runlength", multiply)
